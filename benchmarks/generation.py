@@ -28,7 +28,8 @@ PEER_BATCHED, PEER = "transformers, 64 at a time", "transformers, one by one"
 
 def ours(batch_size: int, problems: int, tokens: int) -> Callable[[], int]:
     """Our generator: a call generates all answers and returns how many tokens they have."""
-    from gemma4_tpu.config.schema import HardwareConfig, MeshConfig, ModelConfig
+    from gemma4_tpu.config.machines import HardwareConfig, MeshConfig
+    from gemma4_tpu.config.schema import ModelConfig
     from gemma4_tpu.config.tasks import EvalConfig
     from gemma4_tpu.evals.evaluated_models import of_checkpoint
     from gemma4_tpu.evals.generate import requests

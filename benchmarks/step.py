@@ -69,7 +69,8 @@ def _compile(pipe, way: str, length: int, model: str, slice_name: str, rank: int
 
     from benchmarks import seed_recipe
     from gemma4_tpu.architectures import ARCHITECTURES
-    from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, OptimizerConfig, TrainerConfig
+    from gemma4_tpu.config.machines import HardwareConfig
+    from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
     from gemma4_tpu.data.packing import pack
     from gemma4_tpu.hardware import SLICES, MeshSizes
     from gemma4_tpu.models import sharding

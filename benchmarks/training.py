@@ -98,7 +98,8 @@ def ours(examples: Examples, held_out: Examples, rank: int) -> Outcome:
     """Two packed rows per update, one per microbatch."""
     import jax
 
-    from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainerConfig
+    from gemma4_tpu.config.machines import HardwareConfig
+    from gemma4_tpu.config.schema import LoraConfig, ModelConfig, OptimizerConfig, TrainerConfig
     from gemma4_tpu.hardware import MeshSizes
     from gemma4_tpu.models import sharding
     from gemma4_tpu.models.base import resolve_base

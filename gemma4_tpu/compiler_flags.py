@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gemma4_tpu.config.schema import HardwareConfig
+from gemma4_tpu.config.machines import HardwareConfig
 from gemma4_tpu.hardware import slice_of
 
 _REDUCE_SCATTER = {

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.config.schema import HardwareConfig, MeshConfig
+from gemma4_tpu.config.machines import HardwareConfig, MeshConfig
 from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.data.chat import Message
 from gemma4_tpu.data.seen import Sight

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from gemma4_tpu.config.schema import HardwareConfig
+from gemma4_tpu.config.machines import HardwareConfig
 from gemma4_tpu.hardware import Slice, slice_of
 
 ON_DEMAND, SPOT, FLEX_START = KINDS = ("on_demand", "spot", "flex_start")

@@ -159,13 +159,7 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     # ── weights, adapters, optimizer; only now is the run one that has begun ───────────────────────────────────────
     check_capacity(run.recipe(), config.checkpoint, mesh, folder.checkpoints)
     recipe = resolve_remat(run.recipe(), mesh)
-    goes_on = resume_from is not None
-    began = open_began(folder.checkpoints) if goes_on and takes_part(config.lora) else None
-    reference = open_reference(folder.checkpoints) if goes_on and recipe.keeps_reference else None
-    setup = set_up(base, recipe, mesh, start, began, reference)
-    if teacher is not None:
-        weights = teacher.weights(mesh, config.trainer.compute_dtype)
-        setup = replace(setup, base={**setup.base, TEACHER: weights})
+    setup = _set_up(run, recipe)
     provenance.record(folder, made_of)
     folder.begun()
     if start is not None:
@@ -215,6 +209,18 @@ def _made_of(run: Run) -> Provenance:
         seeds={"trainer": run.config.trainer.seed},
         fingerprints=came_in | heldout,
     )
+
+
+def _set_up(run: Run, recipe: Recipe) -> Setup:
+    """Weights, adapters and optimizer on the mesh, also a teacher's weights and what a resumed run began from."""
+    lora, checkpoints, resumes = run.config.lora, run.folder.checkpoints, run.resume_from is not None
+    began = open_began(checkpoints) if resumes and takes_part(lora) else None
+    reference = open_reference(checkpoints) if resumes and recipe.keeps_reference else None
+    setup = set_up(run.base, recipe, run.mesh, run.start, began, reference)
+    if run.teacher is None:
+        return setup
+    teacher = run.teacher.weights(run.mesh, run.config.trainer.compute_dtype)
+    return replace(setup, base={**setup.base, TEACHER: teacher})
 
 
 def _loop(

@@ -13,7 +13,7 @@ from gemma4_tpu import accelerators
 START = """
 import jax
 from gemma4_tpu.architectures import ARCHITECTURES
-from gemma4_tpu.config.schema import HardwareConfig, MeshConfig
+from gemma4_tpu.config.machines import HardwareConfig, MeshConfig
 from gemma4_tpu.training.setup import start_mesh
 print(start_mesh(HardwareConfig(), MeshConfig(), ARCHITECTURES["tiny"]).devices.flat[0].platform)
 """

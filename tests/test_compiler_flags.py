@@ -3,7 +3,7 @@
 import pytest
 
 from gemma4_tpu.compiler_flags import TUNED, compiler_options
-from gemma4_tpu.config.schema import HardwareConfig
+from gemma4_tpu.config.machines import HardwareConfig
 from gemma4_tpu.hardware import CHIPS
 
 

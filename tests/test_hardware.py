@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from gemma4_tpu.config.schema import HardwareConfig
+from gemma4_tpu.config.machines import HardwareConfig
 from gemma4_tpu.hardware import CHIPS, SLICES, chip_of, slice_of
 
 GIB = 2**30

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma4_tpu import Gemma4, api, assets
-from gemma4_tpu.config.schema import MeshConfig
+from gemma4_tpu.config.machines import MeshConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.result import Result
 

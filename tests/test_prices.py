@@ -4,7 +4,7 @@ import datetime
 
 import pytest
 
-from gemma4_tpu.config.schema import HardwareConfig
+from gemma4_tpu.config.machines import HardwareConfig
 from gemma4_tpu.hardware import CHIPS, SLICES
 from gemma4_tpu.prices import (
     FLEX_START,

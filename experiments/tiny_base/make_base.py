@@ -26,15 +26,8 @@ from safetensors.numpy import save_file
 from experiments.verilog_smoke.families import draw_designs
 from experiments.verilog_smoke.prompts import document, explanation
 from gemma4_tpu.assets import ROOT
-from gemma4_tpu.config.schema import (
-    DataConfig,
-    HardwareConfig,
-    LoraConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainerConfig,
-)
+from gemma4_tpu.config.machines import HardwareConfig, MeshConfig
+from gemma4_tpu.config.schema import DataConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainerConfig
 from gemma4_tpu.data.examples import Examples, ExamplesBuilder, Origin
 from gemma4_tpu.data.pipeline import Pipeline
 from gemma4_tpu.data.tokenizer import load_tokenizer

@@ -1,6 +1,6 @@
 """Keys of the configuration: walks the schema, reads its documentation, and suggests corrections.
 
-Types come from the dataclasses of `schema.py`, documentation from the strings below their fields.
+Types come from the dataclasses of this folder (`schema.py`), documentation from the strings below their fields.
 """
 
 from __future__ import annotations

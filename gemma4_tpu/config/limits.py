@@ -74,7 +74,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rollouts.slots": _FROM_1, "rollouts.overlong_tokens": _FROM_0, "rollouts.overlong_penalty": _FROM_0,
     "rollouts.validation_prompts": _FROM_0, "rollouts.validation_every": _FROM_1, "rollouts.check_every": _FROM_1,
     "rollouts.max_logprob_difference": _POSITIVE, "rollouts.max_kl": _POSITIVE,
-    "rollouts.entropy_low": _FROM_0, "rollouts.entropy_high": _POSITIVE, "rollouts.max_malformed": _FROM_0,
+    "rollouts.entropy_low": _SHARE, "rollouts.entropy_high": _FROM_1, "rollouts.max_malformed": _FROM_0,
     "objective.teacher_top": _FROM_1,
     "objective.label_smoothing": (lambda v: 0 <= v < 0.5, "at least 0 and less than 0.5"),
     "optimizer.learning_rate": _POSITIVE, "optimizer.b1": _DECAY, "optimizer.b2": _DECAY, "optimizer.eps": _POSITIVE,

@@ -2,69 +2,17 @@
 
 This module is part of the base layer: it imports neither JAX nor Hydra, so every process can read a configuration
 quickly. The string after a field documents it; `null` in YAML is `None` here. Rules across fields are in the checks of
-each package (`training/checks.py`); the types of other commands in `tasks.py` and `serving.py`.
+each package (`training/checks.py`). Next to this module: what a run runs on (`machines.py`), what it writes
+(`outputs.py`), what it samples (`rollouts.py`), and the other commands (`tasks.py`, `serving.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from gemma4_tpu.config.machines import DistributedConfig, HardwareConfig, MeshConfig
+from gemma4_tpu.config.outputs import CheckpointConfig, StorageConfig, TrackerConfig
 from gemma4_tpu.config.rollouts import RolloutsConfig
-
-
-@dataclass(kw_only=True)
-class HardwareConfig:
-    """The slice that the run targets (`hardware=`). Facts about chips are in `gemma4_tpu/hardware.py`."""
-
-    name: str = "local"
-    """Key of `hardware.SLICES`, such as `v5p-8`; `local` uses whatever JAX finds."""
-    usd_per_hour: float | None = None
-    """Price of the whole slice in USD per hour; null: the dated price in `prices.yaml`, for `region` and the kind of
-    capacity."""
-    region: str | None = None
-    """Google Cloud region whose prices apply, such as `europe-west4`; null: the first that has one (us-central1)."""
-    spot: bool = False
-    """Spot capacity: cheaper, but can be preempted; launchers request it, and costs use its price."""
-    flex_start: bool = False
-    """Flex-start capacity (Dynamic Workload Scheduler), which waits for capacity and keeps it for at most 7 days; for
-    costs only."""
-    flags: str = "tuned"
-    """Compiler flags: `tuned`, the chip's preset (`compiler_flags.py`; GPUs and CPUs have none), or `none`. Planning
-    and training compile with the same flags."""
-    compiler_options: dict[str, Any] = field(default_factory=dict)
-    """XLA options by name, such as `{xla_tpu_enable_latency_hiding_scheduler: true}`; they override those of
-    `flags`."""
-
-
-@dataclass(kw_only=True)
-class DistributedConfig:
-    """Several processes of one run, one per host (`distributed=`), all started with the same command."""
-
-    coordinator_address: str | None = None
-    """`host:port` of process 0; `auto`: JAX finds it (TPU slices, SLURM, Open MPI); null: `auto` if `hardware` has
-    several hosts or TPU_WORKER_HOSTNAMES names several, else one process."""
-    num_processes: int | None = None
-    """Number of processes in the run, with an explicit address."""
-    process_id: int | None = None
-    """Index of this process, from 0, with an explicit address."""
-
-
-@dataclass(kw_only=True)
-class MeshConfig:
-    """Device mesh with the axes `dp` (splits rows only: weights are replicated), `fsdp` (splits rows and weights), `tp`
-    (splits heads and hidden units) and `cp` (splits the tokens of each row) (`mesh=`).
-    """
-
-    dp: int | None = 1
-    """Devices on the `dp` axis; null: those that the other axes leave."""
-    fsdp: int | None = None
-    """Devices on the `fsdp` axis; null: those that the other axes leave."""
-    tp: int | None = None
-    """Devices on the `tp` axis; null: those that the other axes leave. If several are null: the largest legal tp, the
-    rest fsdp."""
-    cp: int = 1
-    """Devices on the `cp` axis, for rows too long for one chip; training only."""
 
 
 @dataclass(kw_only=True)
@@ -347,51 +295,6 @@ class TrainerConfig:
     compile_cache: str | None = "auto"
     """Local folder for compiled programs; `auto`: JAX_COMPILATION_CACHE_DIR, else `gemma4_tpu/xla` in the user's cache
     folder; null: none."""
-
-
-@dataclass(kw_only=True)
-class CheckpointConfig:
-    """Saving and resuming (`checkpoint=`)."""
-
-    every: int = 100
-    """Updates between checkpoints; the last update is always saved."""
-    keep: int = 3
-    """How many of the latest checkpoints to keep."""
-    keep_best: bool = True
-    """Also keep the checkpoint with the lowest held-out loss."""
-    resume: str = "auto"
-    """`auto`: resume from the newest checkpoint in the run folder that verifies; `never`: refuse a used folder."""
-    resume_allow: list[str] = field(default_factory=list)
-    """Differences from the recorded run to accept when resuming, by the names that the refusal shows: keys or groups of
-    the configuration, fingerprints of data, tokenizer and base, `learning_rate` for a jump upward."""
-
-
-@dataclass(kw_only=True)
-class StorageConfig:
-    """What to do if a run folder on gs:// can't be reached (`storage=`)."""
-
-    deadline: str = "15m"
-    """How long a run waits for its bucket: `30s`, `15m`, `2h` or a number of minutes. After that it saves on this
-    machine and ends with exit code 4; SIGTERM shortens the wait."""
-
-
-@dataclass(kw_only=True)
-class TrackerConfig:
-    """Where metrics go in addition to `metrics.jsonl`, which is always written (`tracker=`)."""
-
-    kind: str = "none"
-    """`none`, `wandb`, `mlflow`, `trackio`, `tensorboard`, or `jsonl`: one JSON Lines file of everything that a tracker
-    receives."""
-    project: str = "gemma4-tpu"
-    """Project in W&B or Trackio, experiment in MLflow."""
-    entity: str | None = None
-    """W&B entity; null: the account's default."""
-    group: str | None = None
-    """Group of runs in W&B and Trackio, a tag in MLflow; null: the sweep's, if any."""
-    tags: list[str] = field(default_factory=list)
-    """Tags of the run in W&B, MLflow and Trackio."""
-    mode: str = "auto"
-    """W&B mode: `auto` (online if there is a key, else offline), `online`, `offline`."""
 
 
 @dataclass(kw_only=True)

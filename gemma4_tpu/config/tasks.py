@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gemma4_tpu.config.schema import HardwareConfig, MeshConfig, ModelConfig, TrainRoot
+from gemma4_tpu.config.machines import HardwareConfig, MeshConfig
+from gemma4_tpu.config.schema import ModelConfig, TrainRoot
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.architectures import ARCHITECTURES
-from gemma4_tpu.config.schema import HardwareConfig, LoraConfig
+from gemma4_tpu.config.machines import HardwareConfig
+from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.costing import load_tests, quoted
 from gemma4_tpu.costing.ceiling import ModelDemand
 from gemma4_tpu.costing.figures import ENDPOINT, ESTIMATED, MEASURED, Evaluation, Figures, Training

@@ -18,7 +18,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -31,23 +31,16 @@ from gemma4_tpu.data.markup import without_thoughts
 from gemma4_tpu.data.pictures import pictures_of
 from gemma4_tpu.data.turns import IMAGE_PART
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.evals.endpoint_responses import KEY, SHOWN, RequestRefused, answer_of, check, models_of, prompt_logprobs
 from gemma4_tpu.evals.generate import SampleRequest, answer_ids, rendered, scored_sample
 from gemma4_tpu.evals.problems import Message
-from gemma4_tpu.evals.store import LENGTH, STOP, Sample
+from gemma4_tpu.evals.store import Sample
 
 log = logging.getLogger(__name__)
 
-KEY = "OPENAI_API_KEY"
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
 LONGEST_RETRY_AFTER_SECONDS = 300.0
 CONNECT_SECONDS = 10.0
-_TRY_AGAIN = (408, 409, 425, 429)
-"""Status codes that are retried, besides all from 500."""
-_SHOWN = 200  # characters of a server's message
-
-
-class RequestRefused(Exception):
-    """The server will not answer this request, however often it is sent."""
 
 
 class Endpoint:
@@ -157,7 +150,7 @@ class Endpoint:
                     reason = str(error) or repr(error)
                     asked_for = _retry_after_seconds(error)
                     log.debug("%s %d, attempt %d: %s", request.problem, request.sample, attempt + 1, reason)
-        self._reasons[reason := reason[:_SHOWN]] += 1
+        self._reasons[reason := reason[:SHOWN]] += 1
         level = logging.WARNING if self._reasons[reason] == 1 else logging.DEBUG  # the rest is counted at the end
         log.log(level, "%s, sample %d never arrived: %s", request.problem, request.sample, reason)
         return None
@@ -180,8 +173,8 @@ class Endpoint:
                 self._takes_seeds = False
                 log.warning("the server refuses seeds, so none are sent: samples are not reproducible")
             return await self._ask(client, request)
-        _check(response, self._config)
-        text, finish, tokens = _answer(response)
+        check(response, self._config)
+        text, finish, tokens = answer_of(response)
         return Sample(
             problem=request.problem, sample=request.sample, completion=without_thoughts(text), finish=finish,
             tokens=tokens, seed=request.seed if with_seed else None,
@@ -198,8 +191,8 @@ class Endpoint:
                 "max_tokens": 1, "temperature": 0,
             }  # fmt: skip
             response = await client.post(f"{self._config.endpoint}/completions", json=body)
-            _check(response, self._config)
-            found = _prompt_logprobs(response, len(prompt) + len(own))[len(prompt) :]
+            check(response, self._config)
+            found = prompt_logprobs(response, len(prompt) + len(own))[len(prompt) :]
             choices.append({"logprob": float(sum(found)), "tokens": len(own)})
         return scored_sample(request, choices)
 
@@ -251,8 +244,8 @@ def served_model(config: EvalConfig) -> dict[str, Any]:
     try:
         with httpx.Client(**_options(config)) as client:
             response = client.get(f"{config.endpoint}/models")
-        _check(response, config)
-        listed = _models(_json(response))
+        check(response, config)
+        listed = models_of(response)
     except UserError:
         raise
     except (httpx.HTTPError, RequestRefused, ValueError) as error:
@@ -267,76 +260,6 @@ def _options(config: EvalConfig) -> dict[str, Any]:
     """Options of an HTTP client."""
     headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY)) else {}
     return {"headers": headers, "timeout": httpx.Timeout(config.request_timeout_seconds, connect=CONNECT_SECONDS)}
-
-
-def _check(response: httpx.Response, config: EvalConfig) -> None:
-    """Raises for unsuccessful responses, by whether another attempt can help."""
-    status = response.status_code
-    if response.is_success:
-        return
-    said = f"{status}: {_start(response)}"
-    if status in (401, 403):
-        raise UserError(f"eval.endpoint={config.endpoint}: {said}; is {KEY} in the environment right?")
-    if status == 404:
-        raise UserError(f"eval.endpoint={config.endpoint}: {said}; the base URL usually ends in /v1")
-    if status >= 500 or status in _TRY_AGAIN:
-        raise httpx.HTTPStatusError(said, request=response.request, response=response)
-    raise RequestRefused(said)
-
-
-def _json(response: httpx.Response) -> Any:
-    """The body. Raises: ValueError: it is not JSON."""
-    try:
-        return response.json()
-    except (ValueError, RecursionError):
-        raise ValueError(f"{response.status_code} with a body that is not JSON: {_start(response)}") from None
-
-
-def _answer(response: httpx.Response) -> tuple[str, str, int | None]:
-    """(text, finish, tokens generated) of a response; the text is empty if the model only thought.
-
-    Raises:
-      ValueError: the response is not a chat completion.
-    """
-    match _json(response):
-        case {"choices": [{"message": {**message}, **choice}, *_], **rest}:
-            text = message.get("content")
-            if text is None or isinstance(text, str):
-                finish = LENGTH if choice.get("finish_reason") == "length" else STOP
-                return text or "", finish, _tokens(rest.get("usage"))
-    raise ValueError(f"{response.status_code} without choices[0].message.content: {_start(response)}")
-
-
-def _prompt_logprobs(response: httpx.Response, tokens: int) -> list[float]:
-    """Log-probabilities of the `tokens` of an echoed prompt, without the generated token; 0 for the first.
-
-    Raises:
-      ValueError: the response contains none.
-    """
-    match _json(response):
-        case {"choices": [{"logprobs": {"token_logprobs": [_, *found]}}, *_]}:
-            found = found[: tokens - 1]
-            if len(found) == tokens - 1 and all(isinstance(one, int | float) for one in found):
-                return [0.0, *found]
-    raise ValueError(f"{response.status_code} without a log-probability for each token of the prompt (echo, logprobs)")
-
-
-def _tokens(usage: Any) -> int | None:
-    count = usage.get("completion_tokens") if isinstance(usage, Mapping) else None
-    return count if isinstance(count, int) else None
-
-
-def _models(listed: Any) -> dict[str, dict[str, Any]]:
-    """Model name → entry. Raises: ValueError: the response is not a list of models."""
-    match listed:
-        case {"data": [*models]}:
-            named = [model for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)]
-            return {model["id"]: model for model in named}
-    raise ValueError("no {'data': [{'id': …}]}")
-
-
-def _start(response: httpx.Response) -> str:
-    return " ".join(response.text.split())[:_SHOWN]
 
 
 def _retry_after_seconds(error: Exception) -> float:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, MeshConfig, ModelConfig, TrainerConfig
+from gemma4_tpu.config.machines import HardwareConfig, MeshConfig
+from gemma4_tpu.config.schema import LoraConfig, ModelConfig, TrainerConfig
 from gemma4_tpu.config.tasks import EvalConfig, ExportConfig
 from gemma4_tpu.data.seen import Sight
 from gemma4_tpu.data.tokenizer import load_tokenizer, tokenizer_fingerprint

@@ -24,6 +24,7 @@ from gemma4_tpu.models.names import Tensor, adapted_tensors, full_name, name_map
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.models.weights import EMBEDDING
 from gemma4_tpu.tracking.files import read_json
+from gemma4_tpu.tracking.records import broken_certificate
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.training.began import PlainState, open_plain
 from gemma4_tpu.training.saved import SavedState, open_saved
@@ -131,6 +132,8 @@ def open_trained(run: str | Path, export: ExportConfig) -> Trained:
         pictures = config.get("data", {}).get("image_cache") is not None
     except KeyError as error:
         raise UserError(f"run={run}: config.yaml has no {error}: not the folder of a training run") from None
+    if broken := broken_certificate(folder.path):
+        log.warning("run=%s: its on-policy certificate does not hold: %s", run, broken)
     state = open_saved(folder.address, export.checkpoint)
     base = _base(folder, known.model, export, pictures)
     found = fit(base.arch, base.checkpoint)

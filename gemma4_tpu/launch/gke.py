@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, load
-from gemma4_tpu.config.schema import HardwareConfig
+from gemma4_tpu.config.machines import HardwareConfig
 from gemma4_tpu.errors import STALLED, UserError, exit_code, leave
 from gemma4_tpu.hardware import slice_of
 from gemma4_tpu.launch.checks import examine_gke, normalise_launch

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.config.schema import HardwareConfig
+from gemma4_tpu.config.machines import HardwareConfig
 from gemma4_tpu.hardware import Slice, slice_of
 from gemma4_tpu.launch.after import FollowUp
 from gemma4_tpu.launch.schema import PlaceConfig, TpuVmConfig

@@ -92,7 +92,7 @@ def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Refusal]]:
     # The rest is checked as for training, on a run whose files are assumed to exist.
     model = replace(root.model, path=f"{RANDOM}0", tokenizer=None)
     data = replace(root.data, train=[DataSource(path="hf:absent")], heldout=[])
-    rollouts = replace(root.rollouts, reward="absent:absent")
+    rollouts = replace(root.rollouts, reward="absent:absent", recorded=None)
     objective = root.objective
     if teacher is not None:
         objective = replace(objective, teacher=f"{RANDOM}0", teacher_model=teacher.arch.name)

@@ -135,8 +135,9 @@ class PlanResult:
     `hbm_bytes_per_chip`, including everything else in HBM, `flops_per_chip`, `hbm_traffic_bytes_per_chip`,
     `collective_bytes_per_chip`, `roofline_seconds`, `bound_by` and, by the compiler's schedule, `schedule_seconds`; for
     `decode`, per token of every slot), `kv_cache_bytes_per_chip`, `answer_tokens` (assumed), `decoding_steps` per
-    update, and `seconds` of each phase per update at both ends of the schedule's band and in between (without a
-    schedule, at each utilization that `plan` assumes); or `misfit`, in words. Excludes judging.
+    update, `idle_slots` (share of slots without an answer in progress, over these steps), and `seconds` of each phase
+    per update at both ends of the schedule's band and in between (without a schedule, at each utilization that `plan`
+    assumes); or `misfit`, in words. Excludes judging.
     """
     usd_per_million_real_tokens: float | None = None
     """At the middle utilization and the price that the configuration selects."""

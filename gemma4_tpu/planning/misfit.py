@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.config.schema import LoraConfig, MeshConfig, TrainerConfig
+from gemma4_tpu.config.machines import MeshConfig
+from gemma4_tpu.config.schema import LoraConfig, TrainerConfig
 from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.hardware import GIB, MeshSizes
 from gemma4_tpu.models.layout import Layout

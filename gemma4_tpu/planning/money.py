@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from gemma4_tpu.config.schema import CheckpointConfig, HardwareConfig
+from gemma4_tpu.config.machines import HardwareConfig
+from gemma4_tpu.config.outputs import CheckpointConfig
 from gemma4_tpu.config.tasks import PlanConfig
 from gemma4_tpu.hardware import slice_of
 from gemma4_tpu.prices import FLEX_START, KINDS, SPOT, Price, flex_start_hours, kind_of, price_of, slice_price

@@ -51,6 +51,7 @@ def rollouts_of(planned: Planned, answer: dict[str, Any], band: Band | None = No
         times["mid"] = 2 / (plan.utilization_low + plan.utilization_high)
     return found | {
         "decoding_steps": steps,
+        "idle_slots": 1 - config.prompts * config.samples * tokens / (config.slots * steps),
         "phases": phases,
         "seconds": {
             name: {phase: one[by] * runs[phase] * times[name] for phase, one in phases.items()}

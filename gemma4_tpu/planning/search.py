@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from gemma4_tpu.config.schema import MeshConfig
+from gemma4_tpu.config.machines import MeshConfig
 from gemma4_tpu.config.tasks import PlanConfig, PlanRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes

@@ -58,6 +58,9 @@ def _validated(path: Path) -> Iterator[str]:
         for update, row in sorted(shown.items())
     ])  # fmt: skip
     yield f"On {len(rows[0]['rewards'])} prompts that were not trained on, same seeds each time. {_MEASURED}."
+    if "low" in rows[-1]:
+        least = (rows[-1]["high"] - rows[-1]["low"]) / 2
+        yield f"With this many answers, a difference of less than about {least:.2f} cannot be told from chance."
     if best is not rows[-1]:
         yield f"The best of {len(rows)} validations owes something to chance: the last row is the run's result."
     yield ""

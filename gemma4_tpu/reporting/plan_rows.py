@@ -116,10 +116,11 @@ def _rollouts(result: PlanResult) -> list[tuple[str, str]]:
     told = result.rollouts
     if not told:
         return []
+    idle = f" ({told['idle_slots']:.0%} of the slots idle)" if "idle_slots" in told else ""  # not in older plans
     rows = [(
         "Roll-outs",
-        f"{told['decoding_steps']:,} steps of decoding per update, answers of {told['answer_tokens']} tokens (assumed);"
-        f" KV cache {format_bytes(told['kv_cache_bytes_per_chip'])} per chip",
+        f"{told['decoding_steps']:,} steps of decoding per update{idle}, answers of {told['answer_tokens']} tokens"
+        f" (assumed); KV cache {format_bytes(told['kv_cache_bytes_per_chip'])} per chip",
     )]  # fmt: skip
     for name, one in told["phases"].items():
         sent = sum(one["collective_bytes_per_chip"].values())

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,12 +220,7 @@ def summed_up(rows: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any]
     losses = [row for row in rows if "expected_loss" in row]
     moves = [row["kl"] for row in rows if "kl" in row]
     tokens, z = sum(one["tokens"] for one in compared), _surprise(compared)
-    broken = [*_misdelivered(sampled), *_disagreeing(compared, limit), *_other_losses(losses)]
-    if tokens >= LEAST_TOKENS and not abs(z) <= MAX_Z:
-        broken.append(
-            f"the samples were not drawn from the reported distribution: {tokens} tokens are"
-            f" {'less' if z < 0 else 'more'} surprising than its entropy, by {abs(z):.1f} standard errors"
-        )
+    broken = [*_misdelivered(sampled), *_disagreeing(compared, limit), *_other_losses(losses), *_modified(compared)]
     kinds: Counter[str] = Counter()
     rewards: Counter[str] = Counter()
     for row in sampled:
@@ -274,6 +269,18 @@ def _other_losses(losses: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in losses
         if not abs(row["loss"] - row["expected_loss"]) <= row["allowed_error"]
     ]
+
+
+def _modified(compared: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """All compared tokens together see the smallest faults; each update by itself, those that began late in a run."""
+    alone = [([one], f" of update {one['update']}") for one in compared] if len(compared) > 1 else []
+    for some, which in [(compared, ""), *alone]:
+        tokens, z = sum(one["tokens"] for one in some), _surprise(some)
+        if tokens >= LEAST_TOKENS and not abs(z) <= MAX_Z:
+            yield (
+                f"the samples were not drawn from the reported distribution: {tokens} tokens{which} are"
+                f" {'less' if z < 0 else 'more'} surprising than its entropy, by {abs(z):.1f} standard errors"
+            )
 
 
 def _surprise(compared: Sequence[Mapping[str, Any]]) -> float:

@@ -102,9 +102,9 @@ class Collector:
         drawn_with: set[str] = set()
         budget = int(config.resample * config.prompts)
         with StoredUpdate(self._run, update, digest(trained), "", self._hosts, self._recorded) as store:
-            while live < config.prompts and len(groups) < (budget if live else WITHOUT_ANY * budget):
+            while live < config.prompts and (left := (budget if live else WITHOUT_ANY * budget) - len(groups)) > 0:
                 share = max(live / len(groups), LEAST_SHARE) if groups else 1.0
-                size = min(math.ceil((config.prompts - live) / share), config.prompts)
+                size = min(math.ceil((config.prompts - live) / share), config.prompts, left)
                 wave = list(islice(tasks, size))
                 if not wave:
                     break  # every task has been asked
@@ -209,10 +209,12 @@ class _Judging:
         """Judges those that are not stored; identical answers to a prompt once."""
         alike: dict[tuple[str, str, bool], list[tuple[Key, Answer]]] = {}
         for key, answer in answers:
+            same = answer.task.name, answer.text, answer.stopped
             if (stored := self._store.rewarded(key)) is not None:
                 self._rewarded[key] = stored
+                self._known.setdefault(same, stored)
             else:
-                alike.setdefault((answer.task.name, answer.text, answer.stopped), []).append((key, answer))
+                alike.setdefault(same, []).append((key, answer))
         new = [same for same in alike if same not in self._known]
         if new and self._reward is not None:
             found = self._reward([alike[same][0][1] for same in new])

@@ -60,18 +60,22 @@ class StoredUpdate:
         self._known = {(row["problem"], row["sample"]): row for row in known}
 
     def _open(self, paths: Sequence[Path], recorded: Path | None) -> list[dict[str, Any]]:
-        """The samples that are there."""
+        """The samples that are there.
+
+        Verdicts are copied before the samples they belong to, and removed before them: a process that is killed in
+        between never leaves verdicts on samples of another policy.
+        """
         paths[0].parent.mkdir(exist_ok=True)
-        if recorded is not None and not any(path.exists() for path in paths):
-            for other in (recorded / ROLLOUTS / path.name for path in paths):
+        if recorded is not None and not paths[0].exists():
+            for other in (recorded / ROLLOUTS / path.name for path in reversed(paths)):
                 if other.exists():
                     write_text(paths[0].with_name(other.name), other.read_text(encoding="utf-8"))
         samples, verdicts = (Rows(path) for path in paths)
         if any(row.get("adapter") != self.adapter for row in samples.rows.values()):
             log.warning("%s: drawn from another policy than this start's; drawn and judged again", paths[0].name)
-            for rows, path in zip((samples, verdicts), paths, strict=True):
+            for rows in (verdicts, samples):
                 rows.close()
-                path.unlink()
+                rows.path.unlink()
             samples, verdicts = (Rows(path) for path in paths)
         self._files = samples, verdicts
         return list(samples.rows.values())

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 
 from gemma4_tpu.accelerators import gpus_here, tpu_here
-from gemma4_tpu.config.schema import HardwareConfig
+from gemma4_tpu.config.machines import HardwareConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import slice_of
 

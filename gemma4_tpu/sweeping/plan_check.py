@@ -24,7 +24,8 @@ from typing import Any
 import yaml
 
 from gemma4_tpu.config.load import from_yaml
-from gemma4_tpu.config.schema import HardwareConfig, TrainRoot
+from gemma4_tpu.config.machines import HardwareConfig
+from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.config.tasks import PlanConfig, PlanRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import slice_of

@@ -15,7 +15,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import load
-from gemma4_tpu.config.schema import TrackerConfig, TrainRoot
+from gemma4_tpu.config.outputs import TrackerConfig
+from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.config.sweeps import Processes, Slurm
 from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, TERMINATING, UserError
 from gemma4_tpu.sweeping import state

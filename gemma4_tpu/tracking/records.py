@@ -90,6 +90,13 @@ def result_of(folder: Path) -> Record:
     return found
 
 
+def broken_certificate(folder: Path) -> str | None:
+    """Why the certificate of an on-policy run does not hold; None: it does, or the run needs none."""
+    path = folder / CERTIFICATE_FILE
+    values = read_record(path).values if path.is_file() else {}
+    return None if values.get("holds", True) else "; ".join(values.get("broken", []))
+
+
 def config_of(folder: Path) -> dict[str, Any]:
     """`config.yaml` of a run folder as plain values; empty where there is none."""
     path = folder / CONFIG

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from gemma4_tpu.config.limits import CHOICES
-from gemma4_tpu.config.schema import TrackerConfig
+from gemma4_tpu.config.outputs import TrackerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.markdown import table
 from gemma4_tpu.redact import redact

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gemma4_tpu.config.schema import TrackerConfig
+from gemma4_tpu.config.outputs import TrackerConfig
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.tracking.tracker import Tracker, identity
 

@@ -17,7 +17,7 @@ import wandb
 from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
 from wandb.sdk.lib.paths import LogicalPath
 
-from gemma4_tpu.config.schema import TrackerConfig
+from gemma4_tpu.config.outputs import TrackerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.storage import is_remote
 from gemma4_tpu.tracking.run import RunFolder

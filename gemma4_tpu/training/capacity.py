@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from gemma4_tpu.config.schema import CheckpointConfig
+from gemma4_tpu.config.outputs import CheckpointConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models.layout import Leaf
 from gemma4_tpu.storage import is_remote

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from orbax.checkpoint import checkpoint_managers as policies
 
-from gemma4_tpu.config.schema import CheckpointConfig
+from gemma4_tpu.config.outputs import CheckpointConfig
 from gemma4_tpu.errors import DISK_FULL, UserError
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.layout import Leaf

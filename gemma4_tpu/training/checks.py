@@ -17,17 +17,11 @@ from gemma4_tpu.architectures import ARCHITECTURES, Architecture
 from gemma4_tpu.checkpoint_folder import checkpoint_architecture, tokenizer_problem
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import limit_problems
+from gemma4_tpu.config.machines import MeshConfig
+from gemma4_tpu.config.outputs import TrackerConfig
 from gemma4_tpu.config.paths import at_home, folder_of, local_place, name_problem, remote_problem, sibling
 from gemma4_tpu.config.refusals import Refusal
-from gemma4_tpu.config.schema import (
-    DataConfig,
-    LoraConfig,
-    MeshConfig,
-    OptimizerConfig,
-    TrackerConfig,
-    TrainerConfig,
-    TrainRoot,
-)
+from gemma4_tpu.config.schema import DataConfig, LoraConfig, OptimizerConfig, TrainerConfig, TrainRoot
 from gemma4_tpu.data.checks import CHOICES, data_problems
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes, slice_of
@@ -41,7 +35,13 @@ from gemma4_tpu.training.meshes import resolve_mesh, whole_rows_problems
 from gemma4_tpu.training.objective_checks import objective_problems
 from gemma4_tpu.training.optimizer_checks import optimizer_problems, stop_problems, trained_bytes
 from gemma4_tpu.training.recipe import batch_key, check_lengths, count, rows_per_microbatch, rows_per_update
-from gemma4_tpu.training.rollouts_checks import check_decoding_mesh, is_on_policy, reward_of, rollouts_problems
+from gemma4_tpu.training.rollouts_checks import (
+    check_decoding_mesh,
+    is_on_policy,
+    reward_of,
+    rollouts_problems,
+    undivided,
+)
 
 HIGH_LEARNING_RATE = 1e-3
 """Higher than LoRA on a released size usually tolerates; reported, never changed."""
@@ -86,8 +86,17 @@ def normalise(root: TrainRoot) -> TrainRoot:
             start=folder_of(root.lora.start),
             start_checkpoint=root.lora.start_checkpoint.strip().lower(),
         ),
-        objective=replace(root.objective, teacher=folder_of(root.objective.teacher)),
-        rollouts=replace(root.rollouts, reward=reward_of(root.objective, root.rollouts)),
+        objective=replace(
+            root.objective,
+            teacher=folder_of(root.objective.teacher),
+            teacher_store=folder_of(root.objective.teacher_store),
+        ),
+        rollouts=replace(
+            root.rollouts,
+            reward=reward_of(root.objective, root.rollouts),
+            problems_path=folder_of(root.rollouts.problems_path),
+            recorded=folder_of(root.rollouts.recorded),
+        ),
         run_dir=at_home(root.run_dir),
         replay=at_home(root.replay),
     )
@@ -123,7 +132,7 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
     messages += new_tokens.problems(root.model.new_tokens)
     if messages or architecture is None:
         return None, [Refusal(m) for m in messages]
-    return Checked(architecture, mesh, tuple(_warnings(root))), []
+    return Checked(architecture, mesh, tuple(_warnings(root, mesh))), []
 
 
 def warmup_warning(optimizer: OptimizerConfig, updates: int) -> str | None:
@@ -292,7 +301,7 @@ def _mesh(root: TrainRoot, architecture: Architecture | None) -> tuple[MeshSizes
     return sizes, []
 
 
-def _warnings(root: TrainRoot) -> list[str]:
+def _warnings(root: TrainRoot, mesh: MeshSizes | None) -> list[str]:
     lines = []
     if root.optimizer.learning_rate > HIGH_LEARNING_RATE and not root.model.name.startswith("tiny"):
         lines.append(
@@ -308,6 +317,8 @@ def _warnings(root: TrainRoot) -> list[str]:
         )
     if root.lora.enabled and root.lora.dropout and EXPERTS in root.lora.targets:
         lines.append(f"lora.dropout={root.lora.dropout}: adapters of experts have none (nor do PEFT's); the others do")
+    if mesh is not None and is_on_policy(root.objective):
+        lines += undivided(root.rollouts, mesh)
     if (line := price_warning(root.hardware)) is not None:
         lines.append(line)
     return lines

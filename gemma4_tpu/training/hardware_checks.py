@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from gemma4_tpu.config.keys import did_you_mean
-from gemma4_tpu.config.schema import HardwareConfig, LoraConfig
+from gemma4_tpu.config.machines import HardwareConfig
+from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import GB, LOCAL, SLICES, chip_of, option_name, slice_of
 from gemma4_tpu.prices import kind_of, price_of, regions, spoken

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma4_tpu.config.schema import DistributedConfig, HardwareConfig
+from gemma4_tpu.config.machines import DistributedConfig, HardwareConfig
 from gemma4_tpu.errors import REFUSED, UserError, exit_now, stopped_code
 from gemma4_tpu.hardware import slice_of
 from gemma4_tpu.redact import redact

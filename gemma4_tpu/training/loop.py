@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 
-from gemma4_tpu.config.schema import CheckpointConfig, TrainerConfig
+from gemma4_tpu.config.outputs import CheckpointConfig
+from gemma4_tpu.config.schema import TrainerConfig
 from gemma4_tpu.data.pipeline import Update
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.step.objective import means

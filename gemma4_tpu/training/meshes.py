@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.config.schema import MeshConfig
+from gemma4_tpu.config.machines import MeshConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes
 

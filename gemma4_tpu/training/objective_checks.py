@@ -38,6 +38,11 @@ def objective_problems(
             f"trainer.spike_factor={trainer.spike_factor}: losses of {name} have no baseline against which to detect"
             " a spike; set trainer.spike_factor=null"
         )
+    if kind.taught and not kind.on_policy and data.image_cache is not None:
+        messages.append(
+            f"data.image_cache={data.image_cache}: the teacher of {name} reads text only; leave it out, or give"
+            " objective=sft or one on pairs"
+        )
     return messages + (_teacher(objective) if kind.taught else [])
 
 
@@ -77,4 +82,7 @@ def _served(objective: ObjectiveConfig) -> list[str]:
             " update, and servers tell of a few tokens; give the checkpoint or the run folder that it serves, or"
             " objective=distill_offline"
         ]
-    return [] if objective.teacher_store else ["objective.teacher_store: where is kept what it tells? Give a folder"]
+    store = objective.teacher_store
+    if not store:
+        return ["objective.teacher_store: where is kept what it tells? Give a folder"]
+    return [f"objective.teacher_store={store}: give a folder on this machine"] if "://" in store else []

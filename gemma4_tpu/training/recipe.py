@@ -7,14 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.config.schema import (
-    DataConfig,
-    HardwareConfig,
-    LoraConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    TrainerConfig,
-)
+from gemma4_tpu.config.machines import HardwareConfig
+from gemma4_tpu.config.schema import DataConfig, LoraConfig, ObjectiveConfig, OptimizerConfig, TrainerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes, slice_of
 from gemma4_tpu.models.adapted import expert_rank, takes_part

@@ -7,7 +7,8 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from gemma4_tpu.config.schema import CheckpointConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.config.outputs import CheckpointConfig
+from gemma4_tpu.config.schema import OptimizerConfig, TrainerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.step.optimizer import make_schedule
 from gemma4_tpu.storage import filesystem, join

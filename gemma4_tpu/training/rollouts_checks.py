@@ -14,7 +14,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.models.kv_cache import weight_bytes
 from gemma4_tpu.step.objective_kinds import KINDS
-from gemma4_tpu.tracking.records import ROLLOUTS
+from gemma4_tpu.tracking.records import ROLLOUTS, config_of
 from gemma4_tpu.training.meshes import whole_rows_problems
 
 
@@ -49,11 +49,7 @@ def rollouts_problems(
             f"rollouts.validation_prompts={config.validation_prompts}: objective={objective.kind} has no reward to"
             " validate; give a rollouts.reward, or held-out rows, on which its divergence is measured"
         )
-    if config.recorded is not None and not (Path(config.recorded) / ROLLOUTS).is_dir():
-        messages.append(
-            f"rollouts.recorded={config.recorded}: no folder with {ROLLOUTS}/, so no run with roll-outs; give the"
-            " folder of one on this machine"
-        )
+    messages += _recorded(config)
     if config.overlong_tokens > config.new_tokens:
         messages.append(
             f"rollouts.overlong_tokens={config.overlong_tokens}: more than the {config.new_tokens} tokens of the"
@@ -83,6 +79,40 @@ def _sampled_as_trained(lora: LoraConfig, data: DataConfig) -> list[str]:
     return messages
 
 
+def _recorded(config: RolloutsConfig) -> list[str]:
+    """Whether there are roll-outs to take over, and whether they are what this run would draw and judge."""
+    if config.recorded is None:
+        return []
+    given, folder = f"rollouts.recorded={config.recorded}", Path(config.recorded)
+    if not (folder / ROLLOUTS).is_dir():
+        return [
+            f"{given}: no folder with {ROLLOUTS}/, so no run with roll-outs; give the folder of one on this machine"
+        ]
+    known, own = config_of(folder).get("rollouts") or {}, vars(config)
+    compared = ["new_tokens"]
+    if config.reward is not None and known.get("reward") is not None:
+        compared += ["reward", *(["benchmark"] if config.reward == JUDGE else [])]
+    others = [f"rollouts.{key}={known[key]}" for key in compared if known.get(key, own[key]) != own[key]]
+    if not others:
+        return []
+    here = ", ".join(f"{key}={own[key]}" for key in compared)
+    return [
+        f"{given}: its run had {' '.join(others)}, this one has {here}, so its answers or verdicts are not this run's;"
+        f" give {' '.join(others)}, or leave rollouts.recorded out"
+    ]
+
+
+def undivided(config: RolloutsConfig, mesh: MeshSizes) -> list[str]:
+    """Warnings about rows that every copy of the weights decodes or reads, because they do not divide among them."""
+    places = mesh.row_places
+    return [
+        f"rollouts.{key}={number}: does not divide over mesh.dp={places}, so every copy of the weights {does} all of"
+        f" them; give a multiple of {places}"
+        for key, number, does in (("slots", config.slots, "decodes"), ("prompts", config.prompts, "reads"))
+        if number % places
+    ]
+
+
 def _reward(config: RolloutsConfig) -> list[str]:
     name = config.reward
     if name is None or is_address(name):
@@ -96,7 +126,7 @@ def _reward(config: RolloutsConfig) -> list[str]:
         return [
             f"rollouts.problems_path: rollouts.reward={JUDGE} needs problems of"
             f" rollouts.benchmark={config.benchmark} to train on; give their file or folder (not the one that you"
-            " evaluate with)"
+            " evaluate with), or another reward, for the prompts of your rows: rollouts.reward=module:function or a URL"
         ]
     place, messages = local_place(f"rollouts.problems_path={config.problems_path}", config.problems_path)
     if not messages and (place is None or not Path(place).exists()):

@@ -18,7 +18,9 @@ from jax.sharding import PartitionSpec as P
 from gemma4_tpu.accelerators import only_cpus_here
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.compiler_flags import compiler_options
-from gemma4_tpu.config.schema import CheckpointConfig, HardwareConfig, LoraConfig, MeshConfig, TrainerConfig
+from gemma4_tpu.config.machines import HardwareConfig, MeshConfig
+from gemma4_tpu.config.outputs import CheckpointConfig
+from gemma4_tpu.config.schema import LoraConfig, TrainerConfig
 from gemma4_tpu.hardware import LOCAL
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import quantize, sharding, token_rows

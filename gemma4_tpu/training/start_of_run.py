@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ from gemma4_tpu.models.adapter_files import Given, Whole
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.names import Tensor, adapted_tensors
 from gemma4_tpu.tracking.files import read_json
+from gemma4_tpu.tracking.records import broken_certificate
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.training.began import open_plain
 from gemma4_tpu.training.saved import SavedState, open_saved
 from gemma4_tpu.training.start_in_full import of_run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ def read_run(lora: LoraConfig, arch: Architecture) -> OfRun:
             f"lora.start={lora.start}: trained every weight (lora=none), so there are no adapters; merge it and give"
             " model.path=<merged folder>"
         )
+    if broken := broken_certificate(run.path):
+        log.warning("lora.start=%s: its on-policy certificate does not hold: %s", lora.start, broken)
     saved = open_saved(run.address, lora.start_checkpoint, key="lora.start", which_key="lora.start_checkpoint")
     state, plain = open_plain(saved, known.lora)
     base = None

@@ -8,16 +8,8 @@ from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.commands import ENTRIES
 from gemma4_tpu.config.keys import leaf_keys
 from gemma4_tpu.config.limits import CHOICES, RANGES
-from gemma4_tpu.config.schema import (
-    DataConfig,
-    DataSource,
-    HardwareConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainerConfig,
-    TrainRoot,
-)
+from gemma4_tpu.config.machines import HardwareConfig, MeshConfig
+from gemma4_tpu.config.schema import DataConfig, DataSource, ModelConfig, OptimizerConfig, TrainerConfig, TrainRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.training.checks import examine_train, warmup_warning

@@ -13,7 +13,8 @@ import numpy as np
 import yaml
 
 from gemma4_tpu.architectures import from_hf_config
-from gemma4_tpu.config.schema import CheckpointConfig, LoraConfig, ModelConfig, OptimizerConfig
+from gemma4_tpu.config.outputs import CheckpointConfig
+from gemma4_tpu.config.schema import LoraConfig, ModelConfig, OptimizerConfig
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import sharding, token_rows
 from gemma4_tpu.models.base import Base

@@ -5,14 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gemma4_tpu.commands import ENTRIES
-from gemma4_tpu.config import schema, serving, tasks
+from gemma4_tpu.config import machines, outputs, rollouts, schema, serving, tasks
 from gemma4_tpu.config.keys import element_type, field_types, is_group
 
 Key = tuple[str, str]
 """(name of a dataclass of the schema, field)"""
 _CLASSES: dict[str, type] = {
-    name: value for module in (schema, tasks, serving) for name, value in vars(module).items() if is_group(value)
-}
+    name: value for module in (machines, outputs, rollouts, schema, serving, tasks)
+    for name, value in vars(module).items() if is_group(value)
+}  # fmt: skip
 
 
 def keys_read(files: list[Path], more: dict[str, type] | None = None) -> set[Key]:

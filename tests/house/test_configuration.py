@@ -5,7 +5,7 @@ from itertools import zip_longest
 import pytest
 from omegaconf import OmegaConf
 
-from gemma4_tpu.config import schema, serving, tasks
+from gemma4_tpu.config import machines, outputs, rollouts, schema, serving, tasks
 from gemma4_tpu.config.conf import config_dir, defaults, groups_of
 from gemma4_tpu.config.keys import field_types, is_group
 from gemma4_tpu.launch import schema as launch_schema
@@ -15,8 +15,8 @@ from tests.house.scripts import ROOT, script
 CONFIGURATION = script("docs/make_configuration.py")
 COMMANDS = CONFIGURATION.COMMANDS
 CLASSES = {
-    name: cls for module in (schema, tasks, serving, launch_schema) for name, cls in vars(module).items()
-    if is_group(cls) and cls.__module__ == module.__name__
+    name: cls for module in (machines, outputs, rollouts, schema, serving, tasks, launch_schema)
+    for name, cls in vars(module).items() if is_group(cls) and cls.__module__ == module.__name__
 }  # fmt: skip
 SPENT_BY_THE_CHECKS = {
     ("TrainerConfig", "global_batch_tokens"): "recipe.rows_per_update, which every caller asks",

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from gemma4_tpu.data.drops import Origin, RowDropped
-from gemma4_tpu.data.pictures import FORMATS, PictureReader
+from gemma4_tpu.data.picture_pixels import FORMATS
+from gemma4_tpu.data.pictures import PictureReader
 
 
 class Counter:

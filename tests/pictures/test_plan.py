@@ -7,7 +7,8 @@ import pytest
 
 from gemma4_tpu.architectures import ARCHITECTURES, seeing
 from gemma4_tpu.config.load import load
-from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.config.machines import HardwareConfig
+from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.models import sharding

@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gemma4_tpu.architectures import ARCHITECTURES
-from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.config.machines import HardwareConfig
+from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
 from gemma4_tpu.hardware import SLICES, MeshSizes
 from gemma4_tpu.hf_config import pattern
 from gemma4_tpu.models.sharding import make_mesh

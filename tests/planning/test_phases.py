@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from gemma4_tpu.config.load import load
+from gemma4_tpu.config.machines import HardwareConfig
 from gemma4_tpu.config.rollouts import RolloutsConfig
-from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, ObjectiveConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.config.schema import LoraConfig, ObjectiveConfig, OptimizerConfig, TrainerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import GIB, SLICES, MeshSizes
 from gemma4_tpu.models.kv_cache import kv_cache_bytes
@@ -93,6 +94,7 @@ def test_seconds_follow_from_the_traffic_of_a_token_and_the_answers_of_an_update
     assert told["phases"]["decode"]["collective_bytes_per_chip"] == {"all-reduce": 1e6}
     assert told["seconds"]["low"]["decode"] == pytest.approx(256 * 8e9 / hbm / 0.2)
     assert told["seconds"]["mid"]["score"] == pytest.approx(1.2 * 2e10 / hbm / 0.325)
+    assert told["idle_slots"] == pytest.approx(1 - 120 / 128)  # 8 of 128 steps of each answer
     assert "misfit" not in told
 
 

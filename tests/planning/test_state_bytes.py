@@ -4,7 +4,8 @@ import jax
 import pytest
 
 from gemma4_tpu.architectures import ARCHITECTURES
-from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, ObjectiveConfig, TrainerConfig
+from gemma4_tpu.config.machines import HardwareConfig
+from gemma4_tpu.config.schema import LoraConfig, ObjectiveConfig, TrainerConfig
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.models.sharding import make_mesh
 from gemma4_tpu.planning import compile as compiling

@@ -13,7 +13,8 @@ import pytest
 
 import gemma4_tpu
 from gemma4_tpu.architectures import ARCHITECTURES, GLOBAL, SLIDING
-from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.config.machines import HardwareConfig
+from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
 from gemma4_tpu.hardware import SLICES, MeshSizes
 from gemma4_tpu.models.grouped import InStack, grouped
 from gemma4_tpu.models.sharding import make_mesh

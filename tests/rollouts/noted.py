@@ -1,6 +1,7 @@
 """A reward for runs of the command line.
 
-`NOTES` names a file that takes what it gave; with `KILLED_AT` n the process is killed the n-th time it is asked.
+`NOTES` names a file that takes what it gave; with `KILLED_AT` n the process is killed the n-th time it is asked, or
+gets the signal whose number `SIGNAL` is.
 """
 
 import json
@@ -16,7 +17,7 @@ def vowels(rows):
     global times_asked
     times_asked += 1
     if times_asked == int(os.environ.get("KILLED_AT", "0")):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), int(os.environ.get("SIGNAL", signal.SIGKILL)))
     texts = [row["completion"].lower() for row in rows]
     shares = [sum(map(text.count, "aeiou")) / max(1, len(text)) for text in texts]
     if notes := os.environ.get("NOTES"):

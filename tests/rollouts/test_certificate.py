@@ -9,12 +9,18 @@ import jax
 import numpy as np
 import pytest
 
+from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.rollouts import RolloutsConfig
-from gemma4_tpu.config.schema import TrainerConfig
+from gemma4_tpu.config.schema import LoraConfig, TrainerConfig
+from gemma4_tpu.config.tasks import ExportConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.export.trained import open_trained
 from gemma4_tpu.models.decode import Sampling, draw, shaped
+from gemma4_tpu.reporting.found import Records
+from gemma4_tpu.reporting.on_policy import on_policy
 from gemma4_tpu.rollouts import slots
 from gemma4_tpu.rollouts.batch import BatchShape
-from gemma4_tpu.rollouts.certificate import Agreement, Certificate, Drifted, NotOnPolicy
+from gemma4_tpu.rollouts.certificate import Agreement, Certificate, Drifted, NotOnPolicy, summed_up
 from gemma4_tpu.rollouts.collecting import Collector
 from gemma4_tpu.rollouts.digest import digest
 from gemma4_tpu.rollouts.policy_tasks import Task
@@ -26,6 +32,9 @@ from gemma4_tpu.rollouts.source import Making, OnPolicySource
 from gemma4_tpu.rollouts.validation import Validation
 from gemma4_tpu.step.grpo import COPIES, Grpo
 from gemma4_tpu.step.train_step import Step
+from gemma4_tpu.tracking.records import write_record
+from gemma4_tpu.tracking.run import RunFolder
+from gemma4_tpu.training.start import open_start
 from tests.rollouts.test_collecting import Decoder
 from tests.step.test_train_step import make
 
@@ -225,3 +234,44 @@ def test_draws_from_a_distribution_are_as_surprising_as_it_is_and_others_are_not
     assert abs(z(rng.random(20_000))) < 4
     largest = chances.argmax(axis=1)  # always the likeliest one
     assert z(cumulative[np.arange(20_000), largest] - chances.max(axis=1) / 2) < -50
+
+
+def compared(update: int, deviation: float) -> dict:
+    """A row of an update whose 1,000 compared tokens are off by so many standard errors."""
+    found = Agreement(1000, 0.0, 0.0, deviation * 1000**0.5, 1000.0)
+    counts = dict.fromkeys(("answers", "distinct", "truncated", "tokens", "live", "dead"), 1)
+    return {"update": update, **counts, "delivered": True, "adapter": f"{update}", "compared": vars(found)}
+
+
+def test_a_fault_that_begins_late_or_is_small_everywhere_is_found():
+    honest = [compared(update, 0.0) for update in range(1, 31)]
+    assert summed_up(honest, 1e-3)["holds"]
+    late = summed_up([*honest, compared(31, -8.0)], 1e-3)
+    assert not late["holds"] and abs(late["compared"]["surprise_z"]) < 2
+    assert late["broken"] == [
+        "the samples were not drawn from the reported distribution: 1000 tokens of update 31 are less surprising than"
+        " its entropy, by 8.0 standard errors"
+    ]
+    small = summed_up([compared(update, 3.0) for update in range(1, 6)], 1e-3)
+    assert len(small["broken"]) == 1 and "5000 tokens are more surprising" in small["broken"][0]
+
+
+def test_a_run_whose_certificate_does_not_hold_is_not_opened_silently(tmp_path, caplog):
+    write_record(tmp_path / "certificate.json", "certificate", {"holds": False, "broken": ["not its own"]})
+    (tmp_path / "config.yaml").write_text("model: {}\nlora: {}\n")
+    with pytest.raises(UserError, match="has no checkpoint"):
+        open_trained(tmp_path, ExportConfig())
+    with pytest.raises(UserError, match="has no checkpoint"):
+        open_start(LoraConfig(start=str(tmp_path)), ARCHITECTURES["tiny"])
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 and all(line.endswith("certificate does not hold: not its own") for line in told)
+
+
+def test_the_report_says_how_small_a_difference_its_validation_can_see(tmp_path):
+    write_record(tmp_path / "certificate.json", "certificate", summed_up([compared(1, 0.0)], 1e-3))
+    first = {"update": 0, "reward": 0.5, "rewards": [0.5] * 8}
+    rows = [first, {"update": 9, "reward": 0.6, "difference": 0.1, "low": -0.02, "high": 0.2, "rewards": [0.6] * 8}]
+    (tmp_path / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = "\n".join(on_policy(Records(run=RunFolder(tmp_path), name="run")))
+    assert "| 9 | 0.600 | +0.100 [-0.020, +0.200] |" in page
+    assert "a difference of less than about 0.11 cannot be told from chance" in page

@@ -1,12 +1,15 @@
 """Roll-outs of an update: stored as they come, judged once, asked for again where a group teaches nothing."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.rollouts import stored
 from gemma4_tpu.rollouts.advantages import is_live
 from gemma4_tpu.rollouts.collecting import Collector
 from gemma4_tpu.rollouts.digest import digest
@@ -86,6 +89,11 @@ def test_dead_groups_are_replaced_within_bounds(tmp_path):
     ]
 
 
+def test_no_more_prompts_are_asked_than_resample_allows(tmp_path):
+    collected = collect(tmp_path, Letters(), Judge(), config=replace(CONFIG, resample=1.5))
+    assert [is_live(group.rewards) for group in collected.groups] == [True, False, True]
+
+
 def test_without_a_single_live_group_the_run_says_why(tmp_path):
     with pytest.raises(UserError, match=r"update 1: none of 6 prompts has .*18 x; 0 of 18 .*Start from a policy"):
         collect(tmp_path, Letters(), Judge(), [TASKS[i] for i in (1, 3, 5, 7, 9, 11)])
@@ -123,6 +131,70 @@ def test_roll_outs_of_another_policy_are_drawn_again(tmp_path):
     sampler, other = Letters(), {**POLICY, "b": np.float32([[3.0000002]])}
     assert collect(tmp_path, sampler, Judge(), policy=other).adapters == {digest(other)}
     assert len(sampler.drawn) == 12
+
+
+def test_killed_while_those_of_another_policy_are_removed_no_verdict_outlives_its_sample(tmp_path, monkeypatch):
+    collect(tmp_path, Letters(), Judge())
+    sampler, judge, other = Letters(), Judge(), {**POLICY, "b": np.float32([[4.0]])}
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", dying(Path.unlink))
+        with pytest.raises(KeyboardInterrupt):
+            collect(tmp_path, sampler, judge, policy=other)
+    collect(tmp_path, sampler, judge, policy=other)
+    assert len(sampler.drawn) == len(judge.asked) == 12
+
+
+def test_killed_while_recorded_roll_outs_are_copied_their_verdicts_are_taken_over_all_the_same(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    whole, recorded = contents(collect(tmp_path / "a", Letters(), Judge())), replace(CONFIG, recorded=f"{tmp_path}/a")
+    sampler, judge = Letters(), Judge()
+    with monkeypatch.context() as patched:
+        patched.setattr(stored, "write_text", dying(stored.write_text))
+        with pytest.raises(KeyboardInterrupt):
+            collect(tmp_path / "b", sampler, judge, config=recorded)
+    assert contents(collect(tmp_path / "b", sampler, judge, config=recorded)) == whole
+    assert not sampler.drawn and not judge.asked
+
+
+def dying(function):
+    """The function, which dies the second time it is called."""
+    calls = []
+
+    def called(*given, **named):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return function(*given, **named)
+
+    return called
+
+
+def test_an_answer_takes_the_stored_verdict_of_an_equal_one(tmp_path):
+    """A judge that says something else each time; killed after the first of three equal answers was written down."""
+
+    class Alike(Letters):
+        def __call__(self, *given):
+            yield from (replace(one, tokens=np.int32([one.tokens[0], 0, 1])) for one in super().__call__(*given))
+
+    times = []
+
+    def moody(answers):
+        times.append(len(answers))
+        return [Rewarded(float(len(times)), "x") for _ in answers]
+
+    def rewards():
+        collector = Collector(
+            Alike(), moody, Decoder(), CONFIG, seed=3, run=tmp_path, is_live=lambda group: True
+        )  # fmt: skip
+        return [list(group.rewards) for group in collector(1, POLICY, {}, iter(TASKS)).groups]
+
+    whole = rewards()
+    path = tmp_path / ROLLOUTS / "000001.verdicts.jsonl"
+    first = {row["problem"]: line for line in path.read_text().splitlines()[::-1] if (row := json.loads(line))}
+    path.write_text("".join(f"{line}\n" for line in first.values()))
+    times.clear()
+    assert rewards() == whole and not times
 
 
 def test_a_torn_line_is_drawn_again(tmp_path):

@@ -101,3 +101,21 @@ def test_what_is_no_teacher_is_refused_at_once(words, said):
     with pytest.raises(UserError, match=said):
         load_train(["objective=distill", *words.split()])
     load_train(["objective=distill", "objective.teacher=embedded:tiny"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "objective.teacher=embedded:tiny data.image_cache=pictures",
+            r"data\.image_cache=pictures: the teacher of objective=distill_offline reads text only; leave it out",
+        ),
+        (
+            "objective.teacher=http://host/v1 objective.teacher_store=gs://bucket/told",
+            r"objective\.teacher_store=gs://bucket/told: give a folder on this machine",
+        ),
+    ],
+)
+def test_given_rows_that_the_teacher_cannot_be_asked_about_are_refused(words, said):
+    with pytest.raises(UserError, match=said):
+        load_train(["objective=distill_offline", *words.split()])

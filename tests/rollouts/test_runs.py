@@ -8,7 +8,7 @@ import pytest
 
 from experiments.verilog_smoke.make_data import make_problems
 from experiments.verilog_smoke.prompts import answer, chat_row
-from gemma4_tpu.errors import UserError
+from gemma4_tpu.errors import PREEMPTED, UserError
 from gemma4_tpu.reporting.found import Records
 from gemma4_tpu.reporting.on_policy import on_policy
 from gemma4_tpu.tracking.metrics import read_metrics
@@ -38,8 +38,8 @@ def metrics(run) -> list[dict]:
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_very_bits_and_judges_nothing_twice(shallow, tmp_path, monkeypatch):  # noqa: F811
-    """Killed in the middle of judging, before the first checkpoint and behind it."""
-    whole, broken, again = (tmp_path / name for name in ("whole", "broken", "again"))
+    """Killed in the middle of judging, before the first checkpoint and behind it, and then preempted."""
+    whole, broken, again, exact = (tmp_path / name for name in ("whole", "broken", "again", "exact"))
     shallow(*FUNCTION, "tracker=jsonl", f"run_dir={whole}", cwd=tmp_path)
     record = json.loads((whole / "certificate.json").read_text())
     assert record["holds"] and record["updates"] == record["adapters"] == 6
@@ -51,6 +51,9 @@ def test_killed_at_any_moment_it_ends_with_the_very_bits_and_judges_nothing_twic
     for killed_at in (3, 9):
         monkeypatch.setenv("KILLED_AT", str(killed_at))
         shallow(*FUNCTION, f"run_dir={broken}", cwd=tmp_path, exit_code=-signal.SIGKILL)
+    monkeypatch.setenv("KILLED_AT", "8")
+    monkeypatch.setenv("SIGNAL", str(int(signal.SIGTERM)))
+    shallow(*FUNCTION, f"run_dir={broken}", cwd=tmp_path, exit_code=PREEMPTED)
     monkeypatch.delenv("KILLED_AT")
     shallow(*FUNCTION, f"run_dir={broken}", cwd=tmp_path)
 
@@ -69,6 +72,9 @@ def test_killed_at_any_moment_it_ends_with_the_very_bits_and_judges_nothing_twic
     shallow(*FUNCTION, f"replay={whole}", f"rollouts.recorded={whole}", f"run_dir={again}", cwd=tmp_path)
     assert json.loads((again / "replay.json").read_text())["losses"]["first_difference"] is None
     assert metrics(again) == metrics(whole) and (tmp_path / "notes").read_text() == noted  # judged nothing
+    shallow(*FUNCTION, f"replay={whole}", f"run_dir={exact}", cwd=tmp_path)
+    assert json.loads((exact / "replay.json").read_text())["losses"]["first_difference"] is None
+    assert metrics(exact) == metrics(whole) and (tmp_path / "notes").read_text() != noted  # drew and judged all of it
     notes = noted.splitlines()
     assert (
         len(notes) <= record["answers"]["answers"] + 3 * 5 * 4
@@ -128,3 +134,36 @@ def test_what_cannot_be_sampled_as_it_is_trained_is_refused_at_once(words, said)
         load_train(["objective=grpo", "rollouts.reward=a.b:c", *words.split()])
     if not words.startswith("lora.dropout"):  # supervised tuning does not read them, or bears them
         load_train([word for word in words.split() if "sequence_length" not in word])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("rollouts.entropy_low=5", r"rollouts\.entropy_low=5"),
+        ("rollouts.entropy_high=0.5", r"rollouts\.entropy_high=0\.5: .*at least 1"),
+    ],
+)
+def test_a_band_that_the_start_is_outside_of_is_refused(words, said):
+    with pytest.raises(UserError, match=said):
+        load_train(["objective=grpo", "rollouts.reward=a.b:c", words])
+
+
+def test_recorded_roll_outs_of_another_reward_or_length_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run/rollouts").mkdir(parents=True)
+    words = ["objective=grpo", "rollouts.reward=a.b:c", "rollouts.recorded='~/run/'"]
+    recorded = tmp_path / "run/config.yaml"
+    recorded.write_text("rollouts: {reward: 'a.b:c', new_tokens: 128}\n")
+    assert load_train(words).root.rollouts.recorded == str(tmp_path / "run")
+    recorded.write_text("rollouts: {reward: 'a.b:d', new_tokens: 64}\n")
+    said = r"its run had rollouts\.new_tokens=64 rollouts\.reward=a\.b:d, this one has new_tokens=128, reward=a\.b:c"
+    with pytest.raises(UserError, match=said):
+        load_train(words)
+
+
+def test_slots_that_every_copy_of_the_weights_would_decode_are_told():
+    words = ["objective=grpo", "rollouts.reward=a.b:c", "hardware=v6e8", "mesh=dp", "model.path=random:0"]
+    shape = ["trainer.global_batch_sequences=16", "trainer.microbatches=1"]
+    assert not [line for line in load_train([*words, *shape]).checked.warnings if "divide over" in line]
+    told = load_train([*words, *shape, "rollouts.slots=30"]).checked.warnings
+    assert [line.split(": ")[0] for line in told if "give a multiple of 8" in line] == ["rollouts.slots=30"]

@@ -10,7 +10,9 @@ import pytest
 import qwix
 
 from gemma4_tpu.architectures import ARCHITECTURES, GLOBAL, SLIDING
-from gemma4_tpu.config.schema import CheckpointConfig, HardwareConfig, LoraConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.config.machines import HardwareConfig
+from gemma4_tpu.config.outputs import CheckpointConfig
+from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.models import dora, quantize, sharding
 from gemma4_tpu.models import lora as adapters

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma4_tpu.config.schema import CheckpointConfig, LoraConfig, OptimizerConfig
+from gemma4_tpu.config.outputs import CheckpointConfig
+from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import quantize, sharding, token_rows
 from gemma4_tpu.models.gemma4 import Model

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma4_tpu.config.schema import HardwareConfig
+from gemma4_tpu.config.machines import HardwareConfig
 from gemma4_tpu.config.sweeps import fixed_keys, job_name, sweep_name, swept
 from gemma4_tpu.config.tasks import MergeRoot
 from gemma4_tpu.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 SECRET = "hf_plantedPLANTEDplantedPLANTED12345"
 TOLD = """if True:
     import json, sys
-    from gemma4_tpu.config.schema import TrackerConfig
+    from gemma4_tpu.config.outputs import TrackerConfig
     from gemma4_tpu.tracking.logs import setup_logging
     from gemma4_tpu.tracking.run import RunFolder
     from gemma4_tpu.tracking.trackers import make_tracker

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from gemma4_tpu.config.schema import TrackerConfig
+from gemma4_tpu.config.outputs import TrackerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.tracking.tracker import Tracker
@@ -27,7 +27,7 @@ KEY = "0123456789abcdef" * 3
 WANDB = """if True:
     import logging, os, sys, time
     import wandb  # its import takes a second or two of processor time, which is not what is measured
-    from gemma4_tpu.config.schema import TrackerConfig
+    from gemma4_tpu.config.outputs import TrackerConfig
     from gemma4_tpu.tracking.logs import setup_logging
     from gemma4_tpu.tracking.run import RunFolder
     from gemma4_tpu.tracking.trackers import make_tracker

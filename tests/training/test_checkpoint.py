@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from gemma4_tpu.config.schema import CheckpointConfig, OptimizerConfig
+from gemma4_tpu.config.outputs import CheckpointConfig
+from gemma4_tpu.config.schema import OptimizerConfig
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models.gemma4 import Model
 from gemma4_tpu.models.layout import get

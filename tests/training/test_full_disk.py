@@ -10,7 +10,7 @@ import subprocess
 import jax
 import pytest
 
-from gemma4_tpu.config.schema import CheckpointConfig
+from gemma4_tpu.config.outputs import CheckpointConfig
 from gemma4_tpu.errors import UserError, exit_code
 from gemma4_tpu.tracking import logs
 from gemma4_tpu.tracking.result import Result

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from gemma4_tpu.architectures import ARCHITECTURES
-from gemma4_tpu.config.schema import HardwareConfig
+from gemma4_tpu.config.machines import HardwareConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.train import load_train
