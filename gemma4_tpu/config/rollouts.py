@@ -43,6 +43,9 @@ class RolloutsConfig:
     resample: float = 2.0
     """Try at most this many times `prompts` prompts per update, to replace groups with nothing to learn from; 1: none
     are replaced."""
+    off_policy: int = 0
+    """Updates by which answers may be older than the policy that learns from them: answers for this many further
+    updates are drawn ahead, so that those of one update are judged while the next ones are drawn; 0: none."""
     prompt_tokens: int = 128
     """Maximum length of a prompt, in tokens; longer prompts are left out and counted."""
     new_tokens: int = 128

@@ -77,6 +77,8 @@ def _proof(known: dict[str, Any]) -> Iterator[list[str]]:
         yield ["Surprise of the samples, standard errors (limit)",
                f"{compared['surprise_z']:+.1f} ({compared['surprise_limit']:g})"]  # fmt: skip
     yield ["Policies sampled from and trained, distinguished by digest", f"{known['adapters']:,}"]
+    if lag := known.get("max_lag"):
+        yield ["Updates between drawing and training, at most (`rollouts.off_policy`)", f"{lag}"]
     if known["max_loss_error"] is not None:
         yield ["Loss of the step compared with its batch, off by at most", f"{known['max_loss_error']:.1g}"]
     yield ["Groups with and without something to learn from", f"{groups['live']:,} and {groups['dead']:,}"]

@@ -114,25 +114,28 @@ class Certificate:
         compared = {row["adapter"] for row in self._known if "compared" in row}
         return update % self._config.check_every == 0 or (len(compared) < 2 and trained not in compared)
 
-    def sampled(self, update: int, collected: Collected, live: int, trained: str, compared: Agreement | None) -> None:
+    def sampled(
+        self, update: int, collected: Collected, live: int, trained: str, compared: Agreement | None, lag: int = 0
+    ) -> None:  # fmt: skip
         """Records the roll-outs of an update, before it is made.
 
         Args:
           update: from 1.
           collected: its roll-outs.
           live: groups that had something to learn from.
-          trained: digest of the trainer's values.
+          trained: digest of the trainer's values when they were drawn.
           compared: the agreement, if due.
+          lag: updates made since they were drawn.
 
         Raises:
           NotOnPolicy: the roll-outs are not the policy's.
         """
         row = {
             **described(collected.groups), "live": live, "dead": len(collected.groups) - live,
-            "delivered": collected.adapters == {trained}, "adapter": trained,
+            "delivered": collected.adapters == {trained}, "adapter": trained, **({"lag": lag} if lag else {}),
         }  # fmt: skip
         self._take(row | ({"compared": vars(compared)} if compared else {}), update)
-        self._check_bands(update, last_good=update - 2)
+        self._check_bands(update - lag, last_good=update - lag - 2)
 
     def trained(self, update: int, loss: float, expected: ExpectedLoss) -> None:
         """Records the step's loss on the batch.
@@ -237,6 +240,7 @@ def summed_up(rows: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any]
         },
         "max_loss_error": max((abs(row["loss"] - row["expected_loss"]) for row in losses), default=None),
         "adapters": len({row["adapter"] for row in sampled}),
+        "max_lag": max(row.get("lag", 0) for row in sampled),
         "groups": {key: sum(row[key] for row in sampled) for key in ("live", "dead")},
         "answers": {key: sum(row[key] for row in sampled) for key in ("answers", "distinct", "truncated", "tokens")},
         "by_kind": {kind: {"answers": n, "mean_reward": rewards[kind] / n} for kind, n in kinds.most_common()},
@@ -294,5 +298,8 @@ def _state(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _drifted(update: int, said: str, last_good: int) -> str:
-    kept = f"checkpoints up to update {last_good} are from before" if last_good > 0 else "there are none from before"
-    return f"update {update} {said}; the run is ended, and {kept}. Lower optimizer.learning_rate, or widen the band"
+    kept = f"a checkpoint of update {last_good} or earlier, if one was saved," if last_good > 0 else "only the start"
+    return (
+        f"update {update} {said}; the run is ended, and {kept} is from before. Lower optimizer.learning_rate, or widen"
+        " the band"
+    )

@@ -1,4 +1,4 @@
-"""Collects the roll-outs of one update: draws them, judges them while others are drawn, stores them, and asks further
+"""Collects the roll-outs of updates: draws them, judges them while others are drawn, stores them, and asks further
 prompts until enough groups have something to learn from.
 """
 
@@ -9,7 +9,8 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,7 @@ from gemma4_tpu.rollouts.policy_tasks import Task
 from gemma4_tpu.rollouts.rewarding import Answer, Reward, Rewarded
 from gemma4_tpu.rollouts.sampler import Drawn, Sampler, Wanted
 from gemma4_tpu.rollouts.stored import StoredUpdate
+from gemma4_tpu.tracking.records import ROLLOUTS
 from gemma4_tpu.training.hosts import ALONE, Hosts
 
 log = logging.getLogger(__name__)
@@ -91,76 +93,112 @@ class Collector:
         self._sampler, self._reward, self._tokenizer, self._config = sampler, reward, tokenizer, config
         self._seed, self._run, self._is_live, self._progress = seed, run, is_live, progress
 
-    def __call__(self, update: int, trained: Any, base: Any, tasks: Iterator[Task]) -> Collected:
-        """The roll-outs for `update`, from as many of `tasks` as needed, within bounds.
+    def __call__(
+        self, updates: Sequence[int], trained: Any, base: Any, tasks: Sequence[Iterator[Task]], adapter: str
+    ) -> list[Collected]:  # fmt: skip
+        """The roll-outs of some updates, all from one policy; those of one are judged while the next ones are drawn.
+
+        Args:
+          updates: from 1.
+          trained: the policy's trained values.
+          base: the frozen weights.
+          tasks: for each update, the prompts to ask, as many as needed within bounds.
+          adapter: digest of the values that the roll-outs are of; if not those of `trained`, all must be stored.
 
         Raises:
-          UserError: none of many groups has anything to learn from.
+          UserError: none of many groups of an update has anything to learn from, or stored ones are missing.
         """
-        config, live = self._config, 0
-        groups: list[Group] = []
-        drawn_with: set[str] = set()
+        may_draw = adapter == digest(trained)
+        with ExitStack() as opened:
+            asking = []
+            for update, asked in zip(updates, tasks, strict=True):
+                stored = StoredUpdate(self._run, update, adapter, "", self._hosts, self._recorded)
+                asking.append(_Asking(update, asked, opened.enter_context(stored), may_draw))
+            thread = opened.enter_context(ThreadPoolExecutor(1, thread_name_prefix="reward"))
+            for one in asking:
+                self._ask(one, trained, base, thread)
+            return [self._collected(one, trained, base, thread) for one in asking]
+
+    def _ask(self, one: _Asking, trained: Any, base: Any, thread: ThreadPoolExecutor) -> None:
+        """Draws the next wave of an update, if it needs one."""
+        config, live, asked = self._config, sum(map(self._is_live, one.groups)), len(one.groups)
         budget = int(config.resample * config.prompts)
-        with StoredUpdate(self._run, update, digest(trained), "", self._hosts, self._recorded) as store:
-            while live < config.prompts and (left := (budget if live else WITHOUT_ANY * budget) - len(groups)) > 0:
-                share = max(live / len(groups), LEAST_SHARE) if groups else 1.0
-                size = min(math.ceil((config.prompts - live) / share), config.prompts, left)
-                wave = list(islice(tasks, size))
-                if not wave:
-                    break  # every task has been asked
-                groups += self._wave(update, trained, base, wave, store, drawn_with)
-                live = sum(map(self._is_live, groups))
-            if not live:
-                raise UserError(_nothing_to_learn(update, groups))
-        return Collected(groups, frozenset(drawn_with))
+        left = (budget if live else WITHOUT_ANY * budget) - asked
+        if live >= config.prompts or left <= 0:
+            return
+        share = max(live / asked, LEAST_SHARE) if asked else 1.0
+        size = min(math.ceil((config.prompts - live) / share), config.prompts, left)
+        if wave := list(islice(one.tasks, size)):  # otherwise every task has been asked
+            one.wave = self._drawn(one.update, trained, base, wave, one.store, thread, may_draw=one.may_draw)
+            one.drawn_with |= one.wave.drawn_with
+
+    def _collected(self, one: _Asking, trained: Any, base: Any, thread: ThreadPoolExecutor) -> Collected:
+        """Waits for the verdicts of an update, and draws other groups instead of those with nothing to learn from."""
+        while (wave := one.wave) is not None:
+            one.wave = None
+            one.groups += self._judged(wave)
+            self._ask(one, trained, base, thread)
+        if not any(map(self._is_live, one.groups)):
+            raise UserError(_nothing_to_learn(one.update, one.groups))
+        return Collected(one.groups, frozenset(one.drawn_with))
 
     def validated(self, update: int, trained: Any, base: Any, tasks: Sequence[Task]) -> list[Group]:
         """The policy's answers after `update` to prompts that are never trained on, always with the same seeds."""
         groups: list[Group] = []
-        with StoredUpdate(self._run, update, digest(trained), "validation_", self._hosts, self._recorded) as store:
+        with (
+            StoredUpdate(self._run, update, digest(trained), "validation_", self._hosts, self._recorded) as store,
+            ThreadPoolExecutor(1, thread_name_prefix="reward") as thread,
+        ):
             for start in range(0, len(tasks), self._config.prompts):
                 some = tasks[start : start + self._config.prompts]
-                groups += self._wave("validation", trained, base, some, store, set())
+                groups += self._judged(self._drawn("validation", trained, base, some, store, thread))
         return groups
 
-    def _wave(
+    def _drawn(
         self, when: int | str, trained: Any, base: Any, tasks: Sequence[Task], store: StoredUpdate,
-        drawn_with: set[str],
-    ) -> list[Group]:  # fmt: skip
-        """The groups of some prompts; stored answers and verdicts are reused.
+        thread: ThreadPoolExecutor, *, may_draw: bool = True,
+    ) -> _Wave:  # fmt: skip
+        """The answers to some prompts, being judged in `thread`; stored answers and verdicts are reused.
 
         `when`: an update, or another value from which seeds are derived.
         """
-        drawn: dict[Key, Drawn] = {}
+        wave = _Wave(tasks, _Judging(self._reward, store, thread))
         missing = []
         for place, task in enumerate(tasks):
             for number in range(self._config.samples):
                 key = task.name, number
                 wanted = Wanted(place, number, sample_seed(self._seed, when, *key))
                 if (known := store.drawn(key, wanted)) is not None:
-                    drawn[key] = known
-                    drawn_with.add(store.adapter)
+                    wave.drawn[key] = known
+                    wave.drawn_with.add(store.adapter)
                 else:
                     missing.append(wanted)
-        with ThreadPoolExecutor(1, thread_name_prefix="reward") as thread:
-            judging = _Judging(self._reward, store, thread)
-            judging.add([(key, self._answer(tasks[one.wanted.prompt], one)) for key, one in drawn.items()])
-            if missing:
-                for one in self._sampler(trained, base, [task.ids for task in tasks], missing):
-                    task = tasks[one.wanted.prompt]
-                    key = task.name, one.wanted.sample
-                    drawn[key] = one
-                    store.add_drawn(key, one)
-                    judging.add([(key, self._answer(task, one))])
-                    self._progress()
-                drawn_with.add(self._sampler.drawn_from)
-            told = self._hosts.from_first(lambda: [[*key, vars(one)] for key, one in judging.finish().items()])
-            rewarded = {(name, number): Rewarded(**one) for name, number, one in told}
+        if missing and not may_draw:
+            raise UserError(
+                f"update {when}: {len(missing)} of its answers, which an earlier policy gave, are missing in"
+                f" {self._run / ROLLOUTS}; bring the folder back, or resume from an earlier checkpoint"
+            )
+        wave.judging.add([(key, self._answer(tasks[one.wanted.prompt], one)) for key, one in wave.drawn.items()])
+        if missing:
+            for one in self._sampler(trained, base, [task.ids for task in tasks], missing):
+                task = tasks[one.wanted.prompt]
+                key = task.name, one.wanted.sample
+                wave.drawn[key] = one
+                store.add_drawn(key, one)
+                wave.judging.add([(key, self._answer(task, one))])
+                self._progress()
+            wave.drawn_with.add(self._sampler.drawn_from)
+        return wave
+
+    def _judged(self, wave: _Wave) -> list[Group]:
+        """The groups of a wave, once their verdicts have come."""
+        told = self._hosts.from_first(lambda: [[*key, vars(one)] for key, one in wave.judging.finish().items()])
+        rewarded = {(name, number): Rewarded(**one) for name, number, one in told}
         self._progress()
-        keys = [[(task.name, number) for number in range(self._config.samples)] for task in tasks]
+        keys = [[(task.name, number) for number in range(self._config.samples)] for task in wave.tasks]
         return [
-            Group(task, [drawn[key] for key in of_task], [rewarded[key] for key in of_task if key in rewarded])
-            for task, of_task in zip(tasks, keys, strict=True)
+            Group(task, [wave.drawn[key] for key in of_task], [rewarded[key] for key in of_task if key in rewarded])
+            for task, of_task in zip(wave.tasks, keys, strict=True)
         ]
 
     def _answer(self, task: Task, drawn: Drawn) -> Answer:
@@ -171,6 +209,31 @@ class Collector:
         ids = drawn.tokens[:-1] if drawn.stopped else drawn.tokens
         text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return visible(text, self._tokenizer)
+
+
+@dataclass
+class _Wave:
+    """Prompts that were asked at the same time."""
+
+    tasks: Sequence[Task]
+    judging: _Judging
+    drawn: dict[Key, Drawn] = field(default_factory=dict)
+    drawn_with: set[str] = field(default_factory=set)
+    """Digests of the values that the answers are of."""
+
+
+@dataclass
+class _Asking:
+    """An update whose roll-outs are being collected."""
+
+    update: int
+    tasks: Iterator[Task]
+    store: StoredUpdate
+    may_draw: bool
+    groups: list[Group] = field(default_factory=list)
+    wave: _Wave | None = None
+    """Answers whose verdicts have not been waited for."""
+    drawn_with: set[str] = field(default_factory=set)
 
 
 class _Judging:

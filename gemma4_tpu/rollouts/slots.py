@@ -163,9 +163,9 @@ def advance(step: Step, trained: Any, base: Any, slots: Slots, *, tokens: int) -
         return (after, places + 1, drawn + 1, _pinned(model, recent)), (token, chance)
 
     start = slots.scores, slots.places, slots.drawn, _pinned(model, no_recent(slots.cache, tokens))
-    (*rest, recent), (drawn, chances) = jax.lax.scan(one, start, jnp.arange(tokens))
-    cache = _pinned(model, jax.tree.map(partial(settle, places=rest[1]), slots.cache, recent))
-    slots = Slots(cache, *rest, slots.keys)
+    (scores, places, count, recent), (drawn, chances) = jax.lax.scan(one, start, jnp.arange(tokens))
+    cache = _pinned(model, jax.tree.map(partial(settle, places=places), slots.cache, recent))
+    slots = Slots(cache, scores, places, count, slots.keys)
     return slots, whole(drawn.T, model.mesh), whole(chances.T, model.mesh)
 
 

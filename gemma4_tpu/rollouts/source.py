@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -55,6 +56,20 @@ class Making:
     """Closed at the end: the reward's process, open files."""
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """Roll-outs that wait for their update."""
+
+    update: int
+    lag: int
+    """Updates that are made between drawing and training."""
+    collected: Collected
+    asked: list[int]
+    """Indices of its prompts, in order."""
+    compared: Agreement | None
+    seconds: float
+
+
 class OnPolicySource:
     """See `data.pipeline.Source`."""
 
@@ -86,6 +101,10 @@ class OnPolicySource:
         """Prompts that are never trained on."""
         self._asked = 0  # number of prompts so far
         self._update = 0
+        self._adapter = ""  # digest of the values that the newest roll-outs are of
+        self._waiting: deque[_Drawn] = deque()
+        self._left: list[list[int]] = []  # prompts of the updates whose roll-outs waited when the run was saved
+        self._lag = 0  # of the first of them
         self._made: Update | None = None
         self._old: np.ndarray | None = None
         self._expected: ExpectedLoss | None = None
@@ -95,7 +114,7 @@ class OnPolicySource:
             content.update(repr((task.name, task.ids.tolist(), task.reference)).encode())
         self.fingerprint: dict[str, Any] = {
             "prompts": content.hexdigest(), "sequence_length": shape.length, "rows_per_update": shape.capacity,
-            "seed": trainer.seed,
+            "seed": trainer.seed, **({"off_policy": config.off_policy} if config.off_policy else {}),
         }  # fmt: skip
 
     def begin(self, making: Making) -> None:
@@ -129,16 +148,34 @@ class OnPolicySource:
             self.ready_to_save(values, self._update)
             yield self._next(values)
 
+    def _draw(self, trained: Any) -> None:
+        """Draws for the next update and those that follow it off-policy; after a resume, reads what was drawn."""
+        assert self._making is not None
+        making, own, started = self._making, digest(trained), time.perf_counter()
+        left, lag = self._left, self._lag
+        self._left, self._lag = [], 0
+        count = len(left) or min(self._config.off_policy + 1, self.total_updates - self._update)
+        updates = range(self._update + 1, self._update + 1 + count)
+        asked: list[list[int]] = left or [[] for _ in updates]
+        if not left:
+            self._adapter = own
+        tasks: list[Iterator[Task]] = [map(self._tasks.__getitem__, numbers) for numbers in left]
+        tasks = tasks or [self._ask(noted) for noted in asked]
+        collected = making.collector(updates, trained, making.base, tasks, self._adapter)
+        is_due = not lag and any(making.certificate.is_due(update, own) for update in updates)
+        seconds = (time.perf_counter() - started) / count
+        for number, (update, found) in enumerate(zip(updates, collected, strict=True)):
+            compared = self._compared(trained, found) if is_due and not number else None
+            self._waiting.append(_Drawn(update, lag + number, found, asked[number], compared, seconds))
+
     def _next(self, trained: Any) -> Update:
         assert self._making is not None
-        making, update = self._making, self._update + 1
-        started = time.perf_counter()
-        collected = making.collector(update, trained, making.base, self._ask())
+        if not self._waiting:
+            self._draw(trained)
+        making, drawn = self._making, self._waiting.popleft()
+        update, lag, collected, compared = drawn.update, drawn.lag, drawn.collected, drawn.compared
         live = [group for group in collected.groups if self.selection.is_live(group)]
-        seconds = time.perf_counter() - started
-        own = digest(trained)
-        compared = self._compared(trained, collected) if making.certificate.is_due(update, own) else None
-        making.certificate.sampled(update, collected, len(live), own, compared)
+        making.certificate.sampled(update, collected, len(live), self._adapter, compared, lag)
         if compared is not None:
             making.show("rollouts", COLUMNS, _shown(collected, making.collector), update)
         placed = [self.selection.placed(group) for group in live]
@@ -151,10 +188,11 @@ class OnPolicySource:
             )  # fmt: skip
         made = assembled(answers, self._shape, self._asked / len(self._tasks))
         self._made, self._old, self._update = made, made.arrays[OLD_LOGPROBS], update
-        self._expected = self._expected_loss(trained, made.arrays, compared is not None)
+        # Off-policy, ratios are not 1, so the loss is not known in advance.
+        self._expected = None if lag else self._expected_loss(trained, made.arrays, compared is not None)
         not_asked_for = {OLD_LOGPROBS, ADVANTAGES, COPIES} - {*self.selection.fields}
         arrays = {name: array[:, self._own] for name, array in made.arrays.items() if name not in not_asked_for}
-        return replace(made, arrays=arrays, figures=_figures(collected, len(live), seconds))
+        return replace(made, arrays=arrays, figures=_figures(collected, len(live), drawn.seconds))
 
     def _expected_loss(self, trained: Any, arrays: Mapping[str, np.ndarray], is_due: bool) -> ExpectedLoss | None:
         """The loss that the step must report, as far as it is known or due to be computed."""
@@ -204,28 +242,31 @@ class OnPolicySource:
             self._making.report({"kl": kl}, update)
             self._making.certificate.moved(update, kl)
 
-    def _ask(self) -> Iterator[Task]:
-        """Yields prompts from the current position on, reordered in each pass; none twice in an update."""
-        seen: set[str] = set()
-        while len(seen) < len(self._tasks):
+    def _ask(self, noted: list[int]) -> Iterator[Task]:
+        """Yields prompts from the current position on, reordered in each pass; none twice in an update. Notes them."""
+        while len(noted) < len(self._tasks):
             epoch, place = divmod(self._asked, len(self._tasks))
             order = np.random.default_rng((self._trainer.seed, epoch)).permutation(len(self._tasks))
-            task = self._tasks[order[place]]
+            number = int(order[place])
             self._asked += 1
-            if task.name not in seen:
-                seen.add(task.name)
-                yield task
+            if number not in noted:
+                noted.append(number)
+                yield self._tasks[number]
 
     def get_state(self) -> dict[str, Any]:
         """See `Source`."""
+        waiting = [drawn.asked for drawn in self._waiting]
         return {
-            "version": STATE_VERSION, "asked": self._asked, "update": self._update, "fingerprint": self.fingerprint
+            "version": STATE_VERSION, "asked": self._asked, "update": self._update, "fingerprint": self.fingerprint,
+            **({"adapter": self._adapter, "lag": self._waiting[0].lag, "waiting": waiting} if waiting else {}),
         }  # fmt: skip
 
     def set_state(self, state: dict[str, Any], allow: Collection[str] = ()) -> None:
         """See `Source`."""
         check_position(state, self.fingerprint, allow)
         self._asked, self._update = state["asked"], state["update"]
+        self._adapter, self._lag = state.get("adapter", ""), state.get("lag", 0)
+        self._left = state.get("waiting", [])
 
     def close(self) -> None:
         """See `Source`."""

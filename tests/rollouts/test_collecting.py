@@ -1,6 +1,7 @@
 """Roll-outs of an update: stored as they come, judged once, asked for again where a group teaches nothing."""
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def collect(folder, sampler, judge, tasks=TASKS, policy=POLICY, update=1, config
     collector = Collector(
         sampler, judge, Decoder(), config, seed=3, run=folder, is_live=lambda group: is_live(group.rewards)
     )
-    return collector(update, policy, {}, iter(tasks))
+    return collector([update], policy, {}, [iter(tasks)], digest(policy))[0]
 
 
 def contents(collected):
@@ -187,7 +188,7 @@ def test_an_answer_takes_the_stored_verdict_of_an_equal_one(tmp_path):
         collector = Collector(
             Alike(), moody, Decoder(), CONFIG, seed=3, run=tmp_path, is_live=lambda group: True
         )  # fmt: skip
-        return [list(group.rewards) for group in collector(1, POLICY, {}, iter(TASKS)).groups]
+        return [list(group.rewards) for group in collector([1], POLICY, {}, [iter(TASKS)], digest(POLICY))[0].groups]
 
     whole = rewards()
     path = tmp_path / ROLLOUTS / "000001.verdicts.jsonl"
@@ -195,6 +196,39 @@ def test_an_answer_takes_the_stored_verdict_of_an_equal_one(tmp_path):
     path.write_text("".join(f"{line}\n" for line in first.values()))
     times.clear()
     assert rewards() == whole and not times
+
+
+def test_answers_drawn_ahead_are_judged_while_others_are_drawn(tmp_path):
+    """A judge that takes as long as it takes until everything is drawn."""
+    sampler, drawn_all = Letters(), threading.Event()
+
+    def ahead(trained, base, prompts, wanted):
+        yield from sampler(trained, base, prompts, wanted)
+        if len(sampler.drawn) == 12:
+            drawn_all.set()
+
+    ahead.drawn_from = digest(POLICY)
+
+    def judge(answers):
+        assert drawn_all.wait(60)
+        return Judge()(answers)
+
+    collector = Collector(ahead, judge, Decoder(), CONFIG, seed=3, run=tmp_path, is_live=lambda group: True)
+    tasks = [iter(TASKS[:6]), iter(TASKS[6:])]
+    both = collector([1, 2], POLICY, {}, tasks, digest(POLICY))
+    assert [[group.task.name for group in one.groups] for one in both] == [["rows:0", "rows:1"], ["rows:6", "rows:7"]]
+    assert all(one.adapters == {digest(POLICY)} for one in both)
+
+
+def test_what_an_earlier_policy_answered_is_read_and_not_drawn(tmp_path):
+    collector = Collector(Letters(), Judge(), Decoder(), CONFIG, seed=3, run=tmp_path, is_live=lambda group: True)
+    whole = collector([2], POLICY, {}, [iter(TASKS)], digest(POLICY))[0]
+    later = {**POLICY, "b": np.float32([[4.0]])}
+    again = collector([2], later, {}, [iter(TASKS)], digest(POLICY))[0]
+    assert contents(again) == contents(whole) and again.adapters == {digest(POLICY)}
+    (tmp_path / ROLLOUTS / "000002.samples.jsonl").unlink()
+    with pytest.raises(UserError, match="update 2: 6 of its answers, which an earlier policy gave, are missing in"):
+        collector([2], later, {}, [iter(TASKS)], digest(POLICY))
 
 
 def test_a_torn_line_is_drawn_again(tmp_path):

@@ -81,6 +81,28 @@ def test_killed_at_any_moment_it_ends_with_the_very_bits_and_judges_nothing_twic
     )  # equal answers to a prompt in an update are judged once
 
 
+@pytest.mark.slow
+def test_ahead_of_its_policy_it_is_certified_as_such_and_ends_with_the_very_bits(shallow, tmp_path, monkeypatch):  # noqa: F811
+    """Answers for three updates are drawn at a time; saved, killed and preempted between them."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    shallow(*FUNCTION, "rollouts.off_policy=2", f"run_dir={whole}", cwd=tmp_path)
+    record = json.loads((whole / "certificate.json").read_text())
+    assert record["holds"] and (record["updates"], record["adapters"], record["max_lag"]) == (6, 2, 2)
+    rows = read_metrics(whole / "certificate.jsonl")
+    assert [row.get("lag", 0) for row in rows if "answers" in row] == [0, 1, 2, 0, 1, 2]
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    for killed_at, name, code in ((8, "SIGKILL", -signal.SIGKILL), (9, "SIGTERM", PREEMPTED)):
+        monkeypatch.setenv("KILLED_AT", str(killed_at))
+        monkeypatch.setenv("SIGNAL", str(int(getattr(signal, name))))
+        shallow(*FUNCTION, "rollouts.off_policy=2", f"run_dir={broken}", cwd=tmp_path, exit_code=code)
+    monkeypatch.delenv("KILLED_AT")
+    shallow(*FUNCTION, "rollouts.off_policy=2", f"run_dir={broken}", cwd=tmp_path)
+    assert metrics(broken) == metrics(whole)
+    assert json.loads((broken / "certificate.json").read_text()) == record
+    (_, expected), (_, found) = last_state(whole), last_state(broken)
+    assert not [name for name in expected if found[name].tobytes() != expected[name].tobytes()]
+
+
 SHARED = ["data.heldout=[]", "trainer.global_batch_sequences=8", "checkpoint.keep_best=false"]
 
 
@@ -120,6 +142,7 @@ REFUSED = [
     ("data.sequence_length=200", r"rollouts\.prompt_tokens=128 \+ rollouts\.new_tokens=128; give at least 255"),
     ("lora.dropout=0.1", r"lora\.dropout=0\.1: the policy is sampled without dropout"),
     ("data.packing=false", r"data\.packing=false: roll-outs need packed rows"),
+    ("rollouts.off_policy=-1", r"rollouts\.off_policy=-1: must be at least 0"),
     ("rollouts.samples=1", r"rollouts\.samples=1: must be at least 2, so that answers can be compared"),
     ("rollouts.overlong_tokens=500", r"rollouts\.overlong_tokens=500: more than the 128 tokens"),
     ("rollouts.recorded=/nowhere", r"rollouts\.recorded=/nowhere: no folder with rollouts/"),
