@@ -14,7 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.stem != "configuration")]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(path for path in (ROOT / "docs").glob("*.md") if path.stem != "configuration"),
+    *sorted((ROOT / "docs/concepts").glob("*.md")),
+]
 
 NEED_NONE = {
     ("benchmarking", "until a rate that holds and one that doesn't are within 2%"): "a constant of the search",

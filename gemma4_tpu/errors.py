@@ -214,9 +214,9 @@ def exit_now(code: int) -> NoReturn:
 
 
 def tell(text: str) -> None:
-    """Prints requested output, even to a reader that stops reading (`| head`)."""
+    """Prints requested output without secrets, even to a reader that stops reading (`| head`)."""
     try:
-        print(text, flush=True)
+        print(redact(text), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -10,11 +10,18 @@ import os
 import re
 from collections.abc import Callable, Sequence
 
-_SECRET_NAME = re.compile(r"(^|_)(TOKEN|KEY|APIKEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)(_|$)", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"(^|_)(TOKEN|(KEY|APIKEY|SECRET|PASS|PASSWORD|PASSWD|PASSPHRASE|PAT|CREDENTIAL)S?)(_|$)"  # HF_TOKEN, DB_PASS
+    r"|(TOKEN|APIKEY|ACCESSKEY|SECRET|SSHPASS|PASSWORD|PASSWD|_PWD|CONNECTION_STRING)$"  # PGPASSWORD, accessToken
+    r"|(API|ACCESS|AUTH|HF)_?TOKENS$",  # unlike MAX_TOKENS
+    re.IGNORECASE,
+)
 _MIN_SECRET_CHARACTERS = 8  # shorter values, such as KEY=1, are no secrets and would blank out ordinary words
 _KNOWN_FORMS = re.compile(
     r"hf_[A-Za-z0-9]{20,}|wandb_v1_\w{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[\w-]{20,}"
-    r"|AIza[\w-]{30,}|ya29\.[\w.-]{20,}|AKIA[A-Z0-9]{16}"
+    r"|AIza[\w-]{30,}|ya29\.[\w.-]{20,}|A[KS]IA[A-Z0-9]{16}|glpat-[\w-]{20,}|xox[abeprs]-[\w-]{10,}|npm_[A-Za-z0-9]{36}"
+    r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+|(?<=hooks\.slack\.com/services/)[\w/]{20,}|AccountKey=[\w+/=]{20,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
 )
 _NAMED = r"(?:[\w-]*[_-])?(?:token|api[_-]?key|secret|password|passwd|signature)"
 _ASSIGNMENT = re.compile(rf"(?i)(\b{_NAMED}[\"']?\s*[=:]\s*)[^\s,]+")
@@ -29,8 +36,8 @@ def is_secret_name(name: str) -> bool:
     return bool(_SECRET_NAME.search(name))
 
 
-def _is_secret(name: str, value: str) -> bool:
-    """The place of a key (`SSH_KEY_FILE`) is none."""
+def is_secret(name: str, value: str) -> bool:
+    """Whether an environment variable holds a secret; the place of a key (`SSH_KEY_FILE`) is none."""
     return len(value) >= _MIN_SECRET_CHARACTERS and is_secret_name(name) and not os.path.exists(value)
 
 
@@ -44,7 +51,7 @@ def redact(text: str) -> str:
 
 def redactor() -> Callable[[str], str]:
     """`redact` for many texts, with the environment as it is now."""
-    held = [value for name, value in os.environ.items() if _is_secret(name, value)]
+    held = [value for name, value in os.environ.items() if is_secret(name, value)]
     values = re.compile("|".join(map(re.escape, sorted(held, key=len, reverse=True)))) if held else None
 
     def blank(text: str) -> str:

@@ -118,7 +118,7 @@ def read_json(path: str) -> dict[str, Any]:
         value = json.loads(bytes(file.read(0, file.size_bytes)))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); copy the file again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: contains a JSON {type(value).__name__}, not an object; copy the file again")

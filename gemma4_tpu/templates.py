@@ -81,6 +81,8 @@ def syntax_problem(text: str) -> str | None:
         _environment().parse(text)
     except TemplateSyntaxError as error:
         return f"line {error.lineno}: {error.message}"
+    except RecursionError:
+        return "nested too deeply"
     return None
 
 

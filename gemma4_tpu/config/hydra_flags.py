@@ -6,6 +6,8 @@ The plugins of `hydra_plugins/gemma4_tpu_sweeps.py` run sweeps, unless the comma
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import subprocess
 import sys
@@ -24,16 +26,18 @@ from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.keys import unknown_key
 from gemma4_tpu.config.refusals import refusal
 from gemma4_tpu.config.sweeps import complete, sweep_problems
-from gemma4_tpu.errors import UserError
+from gemma4_tpu.errors import UserError, tell
 
 
 def serve(entry: EntryPoint, flags: list[str], overrides: list[str]) -> NoReturn:
-    """Hands the command line to Hydra and ends the process. A sweep runs each job in its own process.
+    """Hands the command line to Hydra and ends the process. A sweep runs each job in its own process. What the other
+    flags print (`--cfg job`: the whole configuration) is printed without secrets.
 
     Raises:
       UserError: something can't be swept, or a launcher is not installed.
     """
-    if {"-m", "--multirun"} & set(flags):
+    sweeps = {"-m", "--multirun"} & set(flags)
+    if sweeps:
         chosen = _chosen(entry, overrides)
         if problems := sweep_problems(overrides, chosen):
             raise refusal(problems)
@@ -49,7 +53,15 @@ def serve(entry: EntryPoint, flags: list[str], overrides: list[str]) -> NoReturn
         subprocess.run(command, check=True)
 
     sys.argv = [sys.argv[0], *flags, "--", *overrides]
-    run_job()
+    if sweeps or "--shell-completion" in flags:
+        run_job()
+        raise SystemExit(0)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            run_job()
+    finally:
+        tell(printed.getvalue().removesuffix("\n"))
     raise SystemExit(0)
 
 

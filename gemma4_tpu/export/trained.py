@@ -23,8 +23,7 @@ from gemma4_tpu.models.match import Match, fit
 from gemma4_tpu.models.names import Tensor, adapted_tensors, full_name, name_map
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.models.weights import EMBEDDING
-from gemma4_tpu.tracking.files import read_json
-from gemma4_tpu.tracking.records import broken_certificate
+from gemma4_tpu.tracking.records import broken_certificate, read_record
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.training.began import PlainState, open_plain
 from gemma4_tpu.training.saved import SavedState, open_saved
@@ -166,8 +165,8 @@ def _base(folder: RunFolder, model: ModelConfig, export: ExportConfig, pictures:
 
 def _check_fingerprint(folder: RunFolder, base: Base) -> None:
     try:
-        recorded = read_json(folder.provenance_path)["fingerprints"]["base"]
-    except (OSError, ValueError, KeyError):
+        recorded = read_record(folder.provenance_path).values["fingerprints"]["base"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder.provenance_path}: does not name the run's base; copy the file again") from None
     if recorded != base.fingerprint:
         raise UserError(

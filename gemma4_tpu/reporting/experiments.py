@@ -17,6 +17,7 @@ import yaml
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.files import read_json
+from gemma4_tpu.tracking.records import read_record
 from gemma4_tpu.tracking.result import Result
 from gemma4_tpu.training.checks import PARTS
 from gemma4_tpu.training.replay import FILE, Unequal
@@ -40,7 +41,7 @@ def check_experiment(folder: str) -> int:
     place = Path(folder).expanduser()
     _refuse_unrecorded(folder, place)
     tolerance = _tolerance(place)
-    hardware = read_json(place / "provenance.json")["hardware"]
+    hardware = read_record(place / "provenance.json").values["hardware"]
     _refuse_other_hardware(folder, hardware)
     run_dir = f"outputs/checks/{place.absolute().name}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
     words = [f"replay='{folder}'", f"replay_allow=[{','.join(PARTS)}]", f"run_dir='{run_dir}'", "tracker=none"]

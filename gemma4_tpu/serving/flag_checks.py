@@ -15,6 +15,7 @@ from gemma4_tpu import assets
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.redact import is_secret
 from gemma4_tpu.serving.model_checks import platform_of
 
 KNOWN_IMAGES = r"(.*/)?vllm/vllm-(tpu|openai):v0\.32\.\d+(@sha256:[0-9a-f]{64})?"
@@ -140,7 +141,7 @@ def _environment(serving: ServingConfig) -> list[str]:
     for name, value in serving.env.items():
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
             messages.append(f"serving.env.{name}: not the name of an environment variable")
-        elif _SECRET.search(name):
+        elif _SECRET.search(name) or (isinstance(value, str) and is_secret(name, value)):
             messages.append(
                 f"serving.env.{name}: no secrets in the configuration; HF_TOKEN and VLLM_API_KEY are passed on from the"
                 " environment, other names by serving.engine (docker's own configuration)"

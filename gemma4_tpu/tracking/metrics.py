@@ -130,6 +130,8 @@ def _parse(text: str, path: Path) -> list[dict[str, Any]]:
             row = from_jsonable(json.loads(line))
             if not isinstance(row, dict) or not isinstance(row.get("update"), int):
                 raise ValueError("no object with an update")
+            if wrong := [key for key in _KNOWN if not isinstance(row.get(key), int | float | None)]:
+                raise ValueError(f"{wrong[0]} is not a number")
             rows.append(row)
         except (ValueError, RecursionError) as error:
             if number != len(lines):  # only the last line lacks its newline

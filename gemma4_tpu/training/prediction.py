@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,7 +87,7 @@ def _candidates(run_folder: Path, plans: Path) -> Iterator[Path]:
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         plan = read_json(path)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         log.debug("%s: %s", path, error)
         return None
     return plan if isinstance(plan, dict) else None

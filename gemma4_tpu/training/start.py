@@ -33,8 +33,7 @@ from gemma4_tpu.models.layout import Layout, Leaf, build_tree, get
 from gemma4_tpu.models.names import Tensor, adapted_tensors, some
 from gemma4_tpu.models.weights import ROLES
 from gemma4_tpu.storage import list_folder
-from gemma4_tpu.tracking.files import read_json
-from gemma4_tpu.tracking.records import START, write_record
+from gemma4_tpu.tracking.records import START, read_record, write_record
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.training.start_in_full import StartInFull
 from gemma4_tpu.training.start_of_run import read_run
@@ -197,7 +196,7 @@ def start_fingerprint(start: Start | None, folder: RunFolder, resume_from: int |
         return {"start": start.sha256}
     if resume_from is None or not folder.provenance_path.exists():
         return {}
-    recorded = read_json(folder.provenance_path).get("fingerprints", {})
+    recorded = read_record(folder.provenance_path).values.get("fingerprints") or {}
     return {"start": recorded["start"]} if "start" in recorded else {}
 
 

@@ -18,8 +18,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.models.adapter_files import Given, Whole
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.names import Tensor, adapted_tensors
-from gemma4_tpu.tracking.files import read_json
-from gemma4_tpu.tracking.records import broken_certificate
+from gemma4_tpu.tracking.records import broken_certificate, read_record
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.training.began import open_plain
 from gemma4_tpu.training.saved import SavedState, open_saved
@@ -63,7 +62,7 @@ def read_run(lora: LoraConfig, arch: Architecture) -> OfRun:
     state, plain = open_plain(saved, known.lora)
     base = None
     if run.provenance_path.exists():
-        base = read_json(run.provenance_path).get("fingerprints", {}).get("base")
+        base = (read_record(run.provenance_path).values.get("fingerprints") or {}).get("base")
     try:
         adapted = Layout.of(arch, plain).adapted
     except UserError as problem:

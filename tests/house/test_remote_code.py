@@ -18,6 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 FOLDERS = ("gemma4_tpu", "hydra_plugins", "launch", "benchmarks", "experiments", "examples", "docs")
 EXECUTES = {"eval", "exec", "compile", "__import__"}
 UNPICKLES = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+LOADS = ("from_pretrained", "load_dataset", "load_dataset_builder", "pipeline")
 NO_CODE = ("PeftModel",)
 """Whose `from_pretrained` reads weights and JSON, and takes no `trust_remote_code`."""
 
@@ -44,6 +45,11 @@ def said_in(call):
     return {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
 
 
+def is_harmless(value):
+    """False, or a sentence about the key."""
+    return isinstance(value, ast.Constant) and (value.value is False or " " in str(value.value))
+
+
 def violations(where, tree):
     """What could run somebody else's code, one line each."""
     for node in ast.walk(tree):
@@ -51,11 +57,16 @@ def violations(where, tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             yield from (f"{at}: {name}" for name in names if name.split(".")[0] in UNPICKLES)
+        if isinstance(node, ast.Dict):  # keywords that are handed on, as by TRL's model_init_kwargs
+            named = [(key.value, value) for key, value in zip(node.keys, node.values, strict=True)
+                     if isinstance(key, ast.Constant)]  # fmt: skip
+            yield from (f"{at}: {name}: {ast.unparse(value)}" for name, value in named
+                        if name == "trust_remote_code" and not is_harmless(value))  # fmt: skip
         if not isinstance(node, ast.Call):
             continue
         called, said = ast.unparse(node.func), said_in(node)
         owner, _, method = called.rpartition(".")
-        loads = method in ("from_pretrained", "load_dataset", "load_dataset_builder") and owner not in NO_CODE
+        loads = (method or called) in LOADS and owner not in NO_CODE
         if loads and said.get("trust_remote_code") != "False":
             yield f"{at}: {called} without trust_remote_code=False"
         if said.get("use_safetensors", "True") != "True":
@@ -85,7 +96,8 @@ def test_no_configuration_trusts_remote_code():
     "line",
     ["AutoModel.from_pretrained(x)", "datasets.load_dataset('a', trust_remote_code=True)", "torch.load(f)", "eval(x)",
      "np.load(f, allow_pickle=True)", "yaml.load(f)", "import pickle",
-     "AutoConfig.from_pretrained(p, trust_remote_code=t)"],
+     "AutoConfig.from_pretrained(p, trust_remote_code=t)", "load_dataset('a')", "pipeline('text-generation', model=x)",
+     "SFTConfig(model_init_kwargs={'trust_remote_code': True})", "AutoModel.from_pretrained(x, **given)"],
 )  # fmt: skip
 def test_the_lint_finds(line):
     assert len(list(violations("here", ast.parse(line)))) >= 1

@@ -116,20 +116,24 @@ def test_tokens_without_an_embedding_are_named(tmp_path):
     ("file", "content", "told"),
     [
         ("tokenizer.json", {"model": {"vocab": {"a": "x"}}}, "not a readable tokenizer .*'a' has the id 'x'"),
+        ("tokenizer.json", "[" * 200_000, "tokenizer.json: not valid JSON"),
+        ("config.json", "[" * 200_000, "config.json: not valid JSON"),
+        ("generation_config.json", "[" * 200_000, "generation_config.json: not valid JSON"),
         ("model.safetensors.index.json", {"weight_map": {"a": ["b"]}}, r"places a in \['b'\], not a file name"),
     ],
 )
 def test_a_damaged_small_file_is_a_problem_and_no_traceback(tmp_path, file, content, told):
     folder = write_skeleton(tmp_path / "base", "tiny")
-    if file not in ("tokenizer.json",):
+    if file == "model.safetensors.index.json":
         (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
-    (folder / file).write_text(json.dumps(content))
+    (folder / file).write_text(content if isinstance(content, str) else json.dumps(content))
     assert re.search(told, found(folder).problems[0])
 
 
 def test_a_template_with_a_mistake_is_refused_as_training_would(tmp_path):
     folder = write_skeleton(tmp_path / "base", "tiny")
     for text, told in (
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "the chat template cannot be read (nested too deeply)"),
         ("a\n{% if %}", "the chat template cannot be read (line 2: Expected an expression"),
         ("{% for m in messages %}{% generation %}{{ m }}{% break %}{% endgeneration %}{% endfor %}", None),
     ):

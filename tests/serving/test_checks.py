@@ -220,14 +220,19 @@ def test_refusals_of_flags_name_key_and_remedy_all_at_once(merged, refused):
         "trust-remote-code": ("true", "would run code from a checkpoint"),
     }
     given = ", ".join(f"{name}: {value}" for name, (value, _) in flags.items())
-    words = [f"serving.flags={{{given}}}", "serving.extra_args=['--lora-modules=a=b']", "serving.env={HF_TOKEN: x}"]
+    words = [
+        f"serving.flags={{{given}}}",
+        "serving.extra_args=['--lora-modules=a=b']",
+        "serving.env={HF_TOKEN: x, DB_PASS: planted-12345}",
+    ]
     message = refused(merged(), *words)
     told = [told for _, told in flags.values()]
     for part in (
         *told,
         "serving.extra_args: --lora-modules: serve adapters with",
         "serving.env.HF_TOKEN: no secrets",
-        "10 problems",
+        "serving.env.DB_PASS: no secrets",
+        "11 problems",
     ):
         assert part in message, part
 

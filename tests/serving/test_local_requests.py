@@ -133,17 +133,28 @@ def test_pages_of_other_origins_may_ask(ask):
 
 # ── templates ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
+DEEP = (  # one comparison of 2^60 pairs in C, which no Python handler of a signal interrupts
+    "{% set two = namespace(a=[1], b=[1]) %}"
+    "{% for i in range(60) %}{% set two.a = [two.a, two.a] %}{% set two.b = [two.b, two.b] %}{% endfor %}"
+    "{{ two.a == two.b }}"
+)
 HUNGRY = "{% for a in range(20) %}{% set x.t = x.t ~ x.t %}{% endfor %}"
 
 
 @pytest.mark.parametrize(
     ("text", "cpu_seconds", "told"),
-    [("spin", 0.5, "more than 0.5 s"), ("eat", 60.0, "more than 512 MiB"), ("x" * 200, 60.0, "has 206 characters")],
+    [
+        ("spin", 0.5, "more than 0.5 s"),
+        ("compare", 0.5, "more than 0.5 s"),
+        ("eat", 60.0, "more than 512 MiB"),
+        ("x" * 200, 60.0, "has 206 characters"),
+    ],
 )
 def test_a_template_that_loops_or_fills_the_memory_is_refused_and_the_next_one_rendered(text, cpu_seconds, told):
     template = (
         "{% set x = namespace(t='x' * 1000000) %}{% set tail = tail | default('?') %}"
-        "{% if messages[0].content == 'spin' %}" + SPIN + "{% elif messages[0].content == 'eat' %}" + HUNGRY
+        "{% if messages[0].content == 'spin' %}" + SPIN + "{% elif messages[0].content == 'compare' %}" + DEEP
+        + "{% elif messages[0].content == 'eat' %}" + HUNGRY
         + "{% set own = 1 %}{% endif %}{{ bos_token }}{{ messages[0].content }}{{ tail }}{{ own }}"
     )  # fmt: skip
     assert arguments(template) == {"tail"}

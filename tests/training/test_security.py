@@ -9,6 +9,7 @@ import pytest
 
 import gemma4_tpu
 from gemma4_tpu.errors import REFUSED, STORAGE_GONE, UserError
+from gemma4_tpu.redact import is_secret_name, redact
 from gemma4_tpu.train import load_train, main
 
 ROOT = Path(gemma4_tpu.__file__).parent
@@ -66,7 +67,47 @@ def test_a_refusal_shows_no_secret(key, capsys, monkeypatch):
     assert not [secret for secret in PLANTED if secret in said]
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "OUR_WANDB_KEY", "DB_PASSWORD", "PLAIN"])
+@pytest.mark.parametrize("flags", [["--cfg", "job"], ["--info", "config"]])
+def test_a_printed_configuration_shows_no_secret(flags, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train"])
+    monkeypatch.setenv("MY_SERVICE_PASSWORD", SECRETS["MY_SERVICE_PASSWORD"])
+    words = [f"tracker.project={SECRETS['HF_TOKEN']}", f"tracker.group={SECRETS['MY_SERVICE_PASSWORD']}"]
+    with pytest.raises(SystemExit):
+        load_train([*flags, *words, "tracker.entity=somebody"])
+    said = capsys.readouterr().out
+    assert "entity: somebody" in said and "project: '***'" in said.replace("project: ***", "project: '***'")
+    assert not [secret for secret in PLANTED if secret in said]
+
+
+@pytest.mark.parametrize(
+    ("secret", "names"),
+    [
+        (
+            True,
+            "HF_TOKEN GITHUB_PAT DB_PASS DB_PWD PGPASSWORD MYSQL_PWD SSHPASS HFTOKEN API_TOKENS MY_SECRETS API_KEYS",
+        ),
+        (True, "accessToken clientSecret apiKey GOOGLE_APPLICATION_CREDENTIALS AZURE_STORAGE_CONNECTION_STRING"),
+        (False, "PATH PWD OLDPWD HOME USER COMPASS KEYBOARD TOKENIZERS_PARALLELISM MAX_TOKENS BYPASS_CACHE"),
+    ],
+)
+def test_names_of_secrets(secret, names):
+    assert {name: is_secret_name(name) for name in names.split()} == dict.fromkeys(names.split(), secret)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["glpat-PLANTEDplanted0123456789", "xoxb-123456789012-PLANTEDplanted", "ASIAPLANTEDPLANTED01", "npm_" + "pL4n" * 9,
+     "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.PLANTED-planted", "https://hooks.slack.com/services/T000/B000/PLANTEDplanted",
+     "AccountName=a;AccountKey=PLANTED/planted+PLANTED/planted==;",
+     "-----BEGIN RSA PRIVATE KEY-----\nPLANTED\nplanted\n-----END RSA PRIVATE KEY-----"],
+)  # fmt: skip
+def test_well_known_forms_of_secrets_are_blanked(text):
+    said = redact(f"before {text} after")
+    assert "***" in said and "planted" not in said.lower() and "pL4n" not in said
+    assert said.startswith("before ") and said.endswith(" after")
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "OUR_WANDB_KEY", "DB_PASSWORD", "DB_PASS", "PGPASSWORD", "PLAIN"])
 def test_a_secret_is_not_taken_from_the_environment_into_the_configuration(name, monkeypatch):
     monkeypatch.setenv(name, SECRETS["HF_TOKEN"])
     for key in ("tracker.project", "tracker.group"):
