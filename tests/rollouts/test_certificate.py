@@ -194,7 +194,8 @@ def test_a_mean_of_the_microbatches_means(tmp_path):
 
 @pytest.mark.slow
 def test_an_update_that_goes_too_far_ends_the_run_before_it_is_saved(tmp_path):
-    with pytest.raises(Drifted, match=r"update 1 moved the policy by .* rollouts\.max_kl=1e-05.*only the start is from before"):
+    said = r"update 1 moved the policy by .* rollouts\.max_kl=1e-05.*only the start is from before"
+    with pytest.raises(Drifted, match=said):
         run(tmp_path, config=replace(CONFIG, max_kl=1e-5))
 
 
