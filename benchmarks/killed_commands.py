@@ -35,6 +35,12 @@ def subjects(base: Path, rows: Path, run: Path, cache: Path, endpoint: str) -> l
         "rollouts.new_tokens=8", "rollouts.slots=4", "rollouts.mask_truncated=false", "rollouts.max_kl=null",
         "checkpoint.every=1", "optimizer.warmup_updates=0", f"trainer.compile_cache={cache}",
     ]  # fmt: skip
+    of_pairs = [
+        f"model.path={base}", "data=chat_jsonl", f"data.train.0.path={write_pairs(rows)}", "data.format=preference",
+        "data.heldout_fraction=0", "lora.rank=2", "data.sequence_length=64", "trainer.remat=none",
+        "trainer.global_batch_sequences=4", "trainer.max_updates=12", "checkpoint.every=3",
+        "optimizer.warmup_updates=0", f"trainer.compile_cache={cache}",
+    ]  # fmt: skip
     flags = os.environ.get("XLA_FLAGS", "")
     judged = ["eval.max_problems=2", "eval.judge.workers=1", f"eval.judge.cache_dir={cache / 'judge'}"]
     jobs = [
@@ -51,6 +57,9 @@ def subjects(base: Path, rows: Path, run: Path, cache: Path, endpoint: str) -> l
             Subject(kind, "gemma4_tpu.train", _in_run(f"objective={kind}", *on_policy), _losses, codes=TRAINS)
             for kind in ("grpo", "expert_iteration")
         ),
+        Subject("distill", "gemma4_tpu.train",
+                _in_run("objective=distill", f"objective.teacher={base}", *on_policy), _losses, codes=TRAINS),
+        Subject("dpo", "gemma4_tpu.train", _in_run("objective=dpo", *of_pairs), _losses, codes=TRAINS),
         Subject(
             "evaluate", "gemma4_tpu.evaluate",
             _in_run(f"run={run}", "eval.n=1", "eval.max_new_tokens=6", "eval.batch_size=2", *judged), _verdicts,
@@ -90,6 +99,17 @@ def _free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
+
+
+def write_pairs(rows: Path) -> Path:
+    """Pairs with the first prompt of every conversation: its answer is chosen, that of the next one rejected."""
+    turns = [json.loads(line)["messages"] for line in rows.read_text().splitlines()]
+    path = rows.with_name("pairs.jsonl")
+    path.write_text("".join(
+        json.dumps({"prompt": one[:1], "chosen": one[1:2], "rejected": other[1:2]}) + "\n"
+        for one, other in zip(turns, turns[1:] + turns[:1], strict=True)
+    ))  # fmt: skip
+    return path
 
 
 def share_of_vowels(rows: list[dict[str, Any]]) -> list[float]:
