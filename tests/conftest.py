@@ -17,6 +17,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The emulator of tests/gcs.py speaks HTTP; without this gcsfs asks over gRPC first what kind of bucket it has.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
+# Children keep what they compile of Python: an installer such as uv leaves that to them, and vLLM's imports then take a
+# third longer at each start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # What is started in the background of a script ignores Ctrl-C, and hands that on to its children; tests send it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
