@@ -217,7 +217,8 @@ class Killer:
         tally.exits[str(code)] = tally.exits.get(str(code), 0) + 1
         for problem in self._problems(process, number, code, before, others):
             tally.wrong.append(f"{self._subject.name}, {number.name} after {after:.2f} s: {problem}")
-        tally.left_by_sigkill += number == signal.SIGKILL and any(process.temporary.iterdir())
+        left = any(process.temporary.iterdir()) or bool(_shared(process))  # the next start removes it
+        tally.left_by_sigkill += number == signal.SIGKILL and left
 
     def _problems(
         self, process: Process, number: signal.Signals, code: int, before: int, others: list[psutil.Process]
@@ -228,7 +229,8 @@ class Killer:
             yield f"exit code {code}, not {allowed}: {process.said()}"
         said = process.output.read_bytes()[before:].decode(errors="replace")
         lines = [line for line in said.splitlines() if line.strip()]
-        if "Traceback" in said or "Fatal Python error" in said or len(lines) > MOST_LINES:
+        # One that ended well, since it was about to, sums up what it did.
+        if "Traceback" in said or "Fatal Python error" in said or (code != 0 and len(lines) > MOST_LINES):
             yield f"it printed {said[-1500:]}"
         if number != signal.SIGKILL and code != 0 and not lines:
             yield "it ended without a word"
@@ -243,8 +245,7 @@ class Killer:
         files = [name for name in left_files if not name.startswith("torchinductor")]  # PyTorch's own cache
         if number != signal.SIGKILL and files:
             yield f"left in its temporary folder: {files}"
-        shared = [name for name in os.listdir("/dev/shm") if f"_{process.pid}_" in name]  # other names are of others
-        if shared:
+        if number != signal.SIGKILL and (shared := _shared(process)):
             yield f"left in /dev/shm: {shared}"
 
     def _complete(self, place: Path) -> None:
@@ -256,3 +257,8 @@ class Killer:
             assert process.poll() is None, f"exit {process.code}: {process.said()}"
             process.kill(signal.SIGTERM)
         assert process.wait(900) == 0, f"exit {process.code}: {process.said()}"
+
+
+def _shared(process: Process) -> list[str]:
+    """Its files in /dev/shm, by the process in their names; other names are others'."""
+    return [name for name in os.listdir("/dev/shm") if f"_{process.pid}_" in name]
