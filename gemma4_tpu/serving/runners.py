@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from typing import Protocol
 
 from gemma4_tpu.config.serving import ServingConfig
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _LEAVING_SECONDS = 5.0
 """A process whose log has ended exits soon after."""
+_LEFT_SECONDS = 2.0
+"""What an ended vLLM has left gets this long to end by itself: Python's tracker then frees its memory in /dev/shm."""
 _PR_SET_PDEATHSIG = 1
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
@@ -173,19 +176,28 @@ class ProcessRunner:
 
     def remove(self) -> None:
         """Kills what is left."""
-        self._kill()
+        if self._process.poll() is None:
+            self._kill()
         self._reaper.join()
 
     def _reap(self) -> None:
-        """Kills what vLLM left behind after it ended, so that its log ends as well."""
+        """Kills what vLLM left behind some time after it ended, so that its log ends as well."""
         self._process.wait()
+        until = time.monotonic() + _LEFT_SECONDS
+        while self._signal(0) and time.monotonic() < until:
+            time.sleep(0.02)
         self._kill()
 
     def _kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> bool:
+        """Sends a signal to all of its processes; whether there are any."""
         try:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self._process.pid, number)
         except ProcessLookupError:
-            return
+            return False
+        return True
 
 
 def end_with_parent() -> None:

@@ -87,10 +87,12 @@ def served(tmp_path):
     yield start
     for server in started:
         below = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
+        shared = {place.path for child in below for place in child.memory_maps() if place.path.startswith("/dev/shm/")}
         server.send_signal(signal.SIGTERM)
         _, told = server.communicate(timeout=60)
         assert server.returncode == 0, told
         assert below and not [child for child in below if _runs(child)]
+        assert shared and not [path for path in shared if Path(path).exists()]
 
 
 def _runs(process):
