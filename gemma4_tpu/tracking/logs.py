@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 from functools import cache
@@ -51,6 +52,7 @@ def setup_logging(log_path: Path | None = None, *, process: int = 0) -> None:
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
     threading.excepthook = _log_in_thread
+    sys.unraisablehook = _log_unraisable
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
@@ -70,7 +72,14 @@ def _console_handler(process: int) -> logging.Handler:
     if process > 0:
         handler.setLevel(logging.WARNING)
     handler.addFilter(lambda record: record.name not in ("py.warnings", "gemma4_tpu.uncaught"))
+    handler.addFilter(lambda record: not _is_told_by_others(record))
     return handler
+
+
+def _is_told_by_others(record: logging.LogRecord) -> bool:
+    """Errors of Orbax's threads: the save or the wait that follows raises them again, and then they have a message."""
+    of_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+    return record.levelno >= logging.ERROR and (of_orbax or "never retrieved" in str(record.msg))
 
 
 def _file_handler(log_path: Path) -> logging.Handler:
@@ -132,3 +141,10 @@ def _log_in_thread(thread: threading.ExceptHookArgs) -> None:
         return
     logging.getLogger("gemma4_tpu.uncaught").critical("uncaught in a thread", exc_info=error)
     print(redact(f"a thread ended: {type(error).__name__}: {first_line(error)}"), file=sys.stderr)
+
+
+def _log_unraisable(found: sys.UnraisableHookArgs) -> None:
+    """What nobody can catch: raised by a destructor, or in a thread of a library's C++."""
+    said = f"{found.err_msg or 'Exception ignored in'}: {found.object!r}"
+    error = found.exc_value
+    logging.getLogger("gemma4_tpu.uncaught").error("%s", said, exc_info=(found.exc_type, error, found.exc_traceback))

@@ -2,10 +2,13 @@
 
 import contextlib
 import errno
+import json
 import logging
+import re
 import resource
 import shutil
 import subprocess
+import time
 
 import jax
 import pytest
@@ -13,6 +16,7 @@ import pytest
 from gemma4_tpu.config.outputs import CheckpointConfig
 from gemma4_tpu.errors import UserError, exit_code
 from gemma4_tpu.tracking import logs
+from gemma4_tpu.tracking.metrics import read_metrics
 from gemma4_tpu.tracking.result import Result
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.training.capacity import check_disk, check_memory
@@ -20,6 +24,7 @@ from gemma4_tpu.training.resume import newest_verified
 from gemma4_tpu.training.setup import init_state
 from tests.step.test_train_step import make
 from tests.tracking.test_provenance import plain_logging  # noqa: F401 (fixture)
+from tests.training.conftest import HARD, cache, shallow  # noqa: F401 (fixtures)
 from tests.training.test_checkpoint import POSITION, open_folder
 
 
@@ -126,3 +131,31 @@ def test_a_full_disk_is_one_message_of_any_command(capsys):
     assert capsys.readouterr().err == (
         "error: the disk is full (/there/file): make space, and the same command resumes\n"
     )
+
+
+@pytest.mark.slow
+def test_a_run_whose_disk_fills_up_says_so_last_and_goes_on_when_there_is_room(shallow, tmp_path):  # noqa: F811
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "none", disk], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        words = [*HARD, "trainer.max_updates=60", "trainer.eval_every=0", f"run_dir={disk / 'run'}"]
+        running = shallow.start(*words, cwd=tmp_path)
+        metrics, until = disk / "run/metrics.jsonl", time.monotonic() + 300
+        while not metrics.exists() or metrics.read_text().count("\n") < 5:
+            assert running.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(b"x" * 4096)
+        out, err = running.communicate(timeout=300)
+        assert running.returncode == 2 and "Traceback" not in out + err, (running.returncode, out, err)
+        assert re.match(r"error: the disk (of .* )?is full", err.splitlines()[-1]) and "same command resumes" in err
+        (disk / "filler").unlink()
+        result = json.loads((disk / "run/result.json").read_text())
+        assert result["status"] == "failed" and re.search(r"the disk (of .* )?is full", result["error"])
+        shallow(*words, cwd=tmp_path)
+        assert [row["update"] for row in read_metrics(metrics) if "loss" in row] == [*range(1, 61)]
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
