@@ -85,7 +85,8 @@ RECIPES = (
             ),
             "E4B by rewards on v6e-4": ("objective=grpo", *ANSWERED, "trainer.max_updates=100"),
             "12B by rewards on v6e-8": (
-                "objective=grpo", "model=gemma4_12b", "hardware=v6e8", "mesh.tp=4", *ANSWERED, "trainer.max_updates=100",
+                "objective=grpo", "model=gemma4_12b", "hardware=v6e8", "mesh.tp=4", *ANSWERED,
+                "trainer.max_updates=100",
             ),
         },
         runs=0,

@@ -234,11 +234,12 @@ def _attend_past(at: DecodingPlace, q: jax.Array, keys: Past, values: Past) -> j
     ]
     top = jnp.maximum(*(part.max(axis=-1, keepdims=True) for part in scores))
     weights = [jnp.exp(part - top) for part in scores]
-    out = sum(
+    cached, recent = (
         jnp.einsum("bkgs,bksh->bkgh", share.astype(q.dtype), part, preferred_element_type=jnp.float32)
         for share, part in zip(weights, values, strict=True)
     )
-    out = out / sum(share.sum(axis=-1, keepdims=True) for share in weights)
+    of_cached, of_recent = (share.sum(axis=-1, keepdims=True) for share in weights)
+    out = (cached + recent) / (of_cached + of_recent)
     return out.reshape(b, 1, n, h).astype(q.dtype)
 
 

@@ -146,5 +146,4 @@ def _log_in_thread(thread: threading.ExceptHookArgs) -> None:
 def _log_unraisable(found: sys.UnraisableHookArgs) -> None:
     """What nobody can catch: raised by a destructor, or in a thread of a library's C++."""
     said = f"{found.err_msg or 'Exception ignored in'}: {found.object!r}"
-    error = found.exc_value
-    logging.getLogger("gemma4_tpu.uncaught").error("%s", said, exc_info=(found.exc_type, error, found.exc_traceback))
+    logging.getLogger("gemma4_tpu.uncaught").error("%s", said, exc_info=found.exc_value)
