@@ -188,11 +188,12 @@ def loss_page(updates: int, seeds: int) -> list[str]:
             gaps = [value - getattr(one, name) for value, one in zip(values, found["bf16"], strict=True)]
             cells += [f"{mean(values):.4f}", "" if way == "bf16" else _signed(gaps)]
         rows.append(cells)
-    spread = [max(one.after for one in found["bf16"]) - min(one.after for one in found["bf16"])]
-    heads = ["frozen weights", "held out, before", "− bf16's", f"after {updates} updates", "− bf16's", "training", "− bf16's"]
+    after = [one.after for one in found["bf16"]]
+    apart = "− bf16's"
+    heads = ["frozen weights", "held out, before", apart, f"after {updates} updates", apart, "training", apart]
     return [
         *table(heads, rows, "lrrrrrr"), "",
-        f"Between seeds, bf16's held-out loss after {updates} updates differs by {spread[0]:.4f}.",
+        f"Between seeds, bf16's held-out loss after {updates} updates differs by {max(after) - min(after):.4f}.",
     ]  # fmt: skip
 
 
@@ -214,7 +215,8 @@ def time_page(models: Sequence[str], machines: Sequence[str] | None) -> list[str
                 label = f"`{way}`" if WAYS[way][0] else way
                 cells = [model.removeprefix("gemma4_"), machine, label, f"{1e3 * found['seconds']:.2f}"]
                 cells.append("" if way == "bf16" else f"{found['seconds'] / plain - 1:+.1%}".replace("-", "−"))
-                rows.append(cells + [f"{1e3 * sum(found.get(part, 0.0) for part in group):.2f}" for group in SHOWN.values()])
+                cells += [f"{1e3 * sum(found.get(part, 0.0) for part in group):.2f}" for group in SHOWN.values()]
+                rows.append(cells)
                 print(" | ".join(rows[-1]), f"({found['cpu_seconds']:.0f} CPU s)", file=sys.stderr, flush=True)
     heads = ["size", "slice", "frozen weights", "ms per layer", "against bf16", *SHOWN]
     return list(table(heads, rows, "lll" + "r" * (len(heads) - 3)))
