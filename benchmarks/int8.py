@@ -11,6 +11,7 @@ slices, to the end, without a TPU, and reads what a layer takes from the compile
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import sys
 import tempfile
@@ -159,7 +160,7 @@ def _compile(pipe: Any, model: str, machine: str, quantize: str | None) -> None:
         rows=mesh.dp, length=PACKED, updates=1000,
     )  # fmt: skip
     started = time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         *_, (_, told) = answers(recipe, wanted, Path(folder) / "dump", to_the_end=True)
     drawn = lengths(9_959)
     fill = Fill(len(drawn), 0.0, 0.0, 0.0, 1.0, 0, "", [drawn[row] for row in pack(drawn, PACKED)][:100])
