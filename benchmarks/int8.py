@@ -1,11 +1,11 @@
 """Frozen base weights in bfloat16 and quantised (`lora.quantize`): the loss of the tiny model, and the time of a layer.
 
     python -m benchmarks.int8 loss [--updates 40] [--seeds 3]
-    python -m benchmarks.int8 time [--model gemma4_31b] [--slice v5p-8]
+    python -m benchmarks.int8 time [--slice v5p-8]
 
 `loss` trains `model=tiny` on the default run's rows, on a CPU: each way from the same adapters, on the same rows in the
-same order, for the same updates. `time` compiles the training step of five sliding layers of a released size for TPU
-slices, to the end, without a TPU, and reads what a layer takes from the compiler's schedule.
+same order, for the same updates. `time` compiles the training step of five sliding layers of 31B for TPU slices, to the
+end, without a TPU, and reads what a layer takes from the compiler's schedule.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ WAYS: dict[str, tuple[str | None, str]] = {
 """Name → `lora.quantize` and `trainer.compute_dtype`."""
 LAYERS = 5
 """Unlike any other loop of the step, so that the loops over layers are known by their rounds."""
-MODELS = {"gemma4_31b": ("v5e-4", "v5p-8", "v6e-4"), "gemma4_e4b": ("v5e-1", "v5p-8", "v6e-1")}
-"""Size → slices. 31B is split over all chips (tp); E4B is replicated, and each chip has its own row (dp)."""
+MODEL, MACHINES = "gemma4_31b", ("v5e-4", "v5p-8", "v6e-4")
 TIMED = ("bf16", "int8_compute")
 SHOWN = {
     "frozen products": ("base_products",), "LoRA": ("lora",), "attention": ("attention", "attention_glue"),
@@ -118,11 +117,11 @@ def runs(way: str, updates: int, seeds: Sequence[int], *words: str) -> list[Loss
 # ── time ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def layer(model: str, machine: str, quantize: str | None) -> dict[str, float]:
+def layer(machine: str, quantize: str | None) -> dict[str, float]:
     """Seconds of one sliding layer, forward and backward, by part (`planning.schedule.PARTS`), on each chip."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_compile, args=(there, model, machine, quantize), daemon=True)
+    process = context.Process(target=_compile, args=(there, machine, quantize), daemon=True)
     process.start()
     there.close()
     try:
@@ -131,7 +130,7 @@ def layer(model: str, machine: str, quantize: str | None) -> dict[str, float]:
         process.join()
 
 
-def _compile(pipe: Any, model: str, machine: str, quantize: str | None) -> None:
+def _compile(pipe: Any, machine: str, quantize: str | None) -> None:
     from gemma4_tpu.planning.topology import set_environment
 
     set_environment()
@@ -148,16 +147,13 @@ def _compile(pipe: Any, model: str, machine: str, quantize: str | None) -> None:
     from gemma4_tpu.training.recipe import Recipe
 
     arch = replace(
-        ARCHITECTURES[model], num_layers=LAYERS, layer_types=(SLIDING,) * LAYERS, num_kv_shared_layers=0,
-        vocab_size=2048, vocab_size_per_layer_input=2048,
+        ARCHITECTURES[MODEL], num_layers=LAYERS, layer_types=(SLIDING,) * LAYERS, vocab_size=2048
     )  # fmt: skip
     wanted = SLICES[machine]
-    split = model == "gemma4_31b"
-    mesh = MeshSizes(dp=1 if split else wanted.chips, fsdp=1, tp=wanted.chips if split else 1)
     recipe = Recipe(
         arch=arch, hardware=HardwareConfig(name=machine), lora=LoraConfig(rank=64, alpha=64, quantize=quantize),
-        optimizer=OptimizerConfig(), trainer=TrainerConfig(remat="products", attention="splash"), mesh=mesh,
-        rows=mesh.dp, length=PACKED, updates=1000,
+        optimizer=OptimizerConfig(), trainer=TrainerConfig(remat="products", attention="splash"),
+        mesh=MeshSizes(1, 1, wanted.chips), rows=1, length=PACKED, updates=1000,
     )  # fmt: skip
     started = time.process_time()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
@@ -193,34 +189,32 @@ def loss_page(updates: int, seeds: int) -> list[str]:
     apart = "− bf16's"
     heads = ["frozen weights", "held out, before", apart, f"after {updates} updates", apart, "training", apart]
     return [
-        *table(heads, rows, "lrrrrrr"), "",
+        *table(heads, rows, "lrrrrrr"),
         f"Between seeds, bf16's held-out loss after {updates} updates differs by {max(after) - min(after):.4f}.",
     ]  # fmt: skip
 
 
 def _signed(gaps: list[float]) -> str:
     """`+0.0012 (+0.0010 to +0.0014)`; one figure where all are alike."""
-    told = [f"{gap:+.4f}".replace("-", "−") for gap in (mean(gaps), min(gaps), max(gaps))]
+    told = [f"{round(gap, 4) + 0.0:+.4f}".replace("-", "−") for gap in (mean(gaps), min(gaps), max(gaps))]
     return told[0] if told[1] == told[2] else f"{told[0]} ({told[1]} to {told[2]})"
 
 
-def time_page(models: Sequence[str], machines: Sequence[str] | None) -> list[str]:
-    """A line for each size, slice and way."""
+def time_page(machines: Sequence[str]) -> list[str]:
+    """A line for each slice and way."""
     rows = []
-    for model in models:
-        for machine in machines or MODELS[model]:
-            plain: float | None = None
-            for way in TIMED:
-                found = layer(model, machine, WAYS[way][0])
-                plain = plain or found["seconds"]
-                label = f"`{way}`" if WAYS[way][0] else way
-                cells = [model.removeprefix("gemma4_"), machine, label, f"{1e3 * found['seconds']:.2f}"]
-                cells.append("" if way == "bf16" else f"{found['seconds'] / plain - 1:+.1%}".replace("-", "−"))
-                cells += [f"{1e3 * sum(found.get(part, 0.0) for part in group):.2f}" for group in SHOWN.values()]
-                rows.append(cells)
-                print(" | ".join(rows[-1]), f"({found['cpu_seconds']:.0f} CPU s)", file=sys.stderr, flush=True)
-    heads = ["size", "slice", "frozen weights", "ms per layer", "against bf16", *SHOWN]
-    return list(table(heads, rows, "lll" + "r" * (len(heads) - 3)))
+    for machine in machines:
+        plain: float | None = None
+        for way in TIMED:
+            found = layer(machine, WAYS[way][0])
+            plain = plain or found["seconds"]
+            cells = [machine, f"`{way}`" if WAYS[way][0] else way, f"{1e3 * found['seconds']:.2f}"]
+            cells.append("" if way == "bf16" else f"{found['seconds'] / plain - 1:+.1%}".replace("-", "−"))
+            cells += [f"{1e3 * sum(found.get(part, 0.0) for part in group):.2f}" for group in SHOWN.values()]
+            rows.append(cells)
+            print(" | ".join(cells), f"({found['cpu_seconds']:.0f} CPU s)", file=sys.stderr, flush=True)
+    heads = ["slice", "frozen weights", "ms per layer", "against bf16", *SHOWN]
+    return list(table(heads, rows, "ll" + "r" * (len(heads) - 2)))
 
 
 def main() -> None:
@@ -229,13 +223,12 @@ def main() -> None:
     parser.add_argument("what", choices=("loss", "time"))
     parser.add_argument("--updates", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--model", action="append", choices=MODELS)
-    parser.add_argument("--slice", action="append")
+    parser.add_argument("--slice", action="append", choices=MACHINES)
     asked = parser.parse_args()
     if asked.what == "loss":
         stamp, lines = measured("jax"), loss_page(asked.updates, asked.seeds)
     else:
-        stamp, lines = measured("jax", "libtpu", word="Estimated"), time_page(asked.model or list(MODELS), asked.slice)
+        stamp, lines = measured("jax", "libtpu", word="Estimated"), time_page(asked.slice or MACHINES)
     print("\n".join([stamp, "", *lines]))
 
 
