@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.int8 import runs
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.models import int8, quantize, sharding
@@ -105,3 +106,15 @@ def test_adapters_that_add_nothing_leave_the_base_as_it_is():
     fresh = adapters.init(step.model.layout, jax.random.key(1), base)
     with_none = jax.jit(lambda tree: step.summed_loss(tree, base, rows, None)[0])
     np.testing.assert_allclose(with_none(fresh), with_none({}), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_ends_where_it_would_in_bf16():
+    """Held-out losses after the same updates are nearer to each other than those of bf16 runs with other seeds."""
+    seeds, short = range(3), ("data.max_rows=200", "data.heldout=[]", "data.heldout_fraction=0.2")
+    plain, ours = (runs(way, 10, seeds, *short) for way in ("bf16", "int8_compute"))
+    between = [one.after for one in plain]
+    spread = max(between) - min(between)
+    assert max(one.after for one in ours) < 0.5 * plain[0].before  # both have learned
+    for one, other in zip(ours, plain, strict=True):
+        assert abs(one.after - other.after) < spread, (one, other, spread)
