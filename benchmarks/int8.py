@@ -23,7 +23,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.pages import measured
-from benchmarks.step import PACKED, lengths
+from benchmarks.step import PACKED, lengths, packed_fill
 from gemma4_tpu.markdown import table
 
 BF16 = "bfloat16"
@@ -141,7 +141,6 @@ def _compile(pipe: Any, machine: str, quantize: str | None) -> None:
     from gemma4_tpu.hardware import SLICES, MeshSizes
     from gemma4_tpu.planning.answers import answers
     from gemma4_tpu.planning.calibration import ScheduleRates
-    from gemma4_tpu.planning.fill import Fill
     from gemma4_tpu.planning.schedule import from_plain
     from gemma4_tpu.planning.walk import walk
     from gemma4_tpu.training.recipe import Recipe
@@ -159,7 +158,7 @@ def _compile(pipe: Any, machine: str, quantize: str | None) -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         *_, (_, told) = answers(recipe, wanted, Path(folder) / "dump", to_the_end=True)
     drawn = lengths(9_959)
-    fill = Fill(len(drawn), 0.0, 0.0, 0.0, 1.0, 0, "", [drawn[row] for row in pack(drawn, PACKED)][:100])
+    fill = packed_fill(drawn, [drawn[row] for row in pack(drawn, PACKED)][:500])
     loops = [op for op in from_plain(told["compiled"]["schedule"]) if op.body and op.trips == LAYERS]
     assert len(loops) == 2, f"{len(loops)} loops of {LAYERS} rounds: expected one forward, one backward"
     parts = {"cpu_seconds": time.process_time() - started}

@@ -14,11 +14,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from benchmarks.pages import measured
 from gemma4_tpu.markdown import table
+
+if TYPE_CHECKING:
+    from gemma4_tpu.planning.fill import Fill
 
 PADDED, PACKED = 3072, 4096
 MEAN_LOG, SIGMA_LOG = 6.7067, 0.4895
@@ -28,6 +32,17 @@ def lengths(count: int, seed: int = 0) -> np.ndarray:
     """Token counts of `count` examples that fit into the recipe's rows."""
     drawn = np.random.default_rng(seed).lognormal(MEAN_LOG, SIGMA_LOG, 2 * count).astype(int)
     return drawn[(drawn > 1) & (drawn <= PADDED)][:count]
+
+
+def packed_fill(drawn: np.ndarray, rows: list[np.ndarray]) -> Fill:
+    """What attention skips in `rows`, each with the token counts of its examples; `drawn`: of all examples."""
+    from gemma4_tpu.planning.fill import Fill
+
+    each, whole = float(drawn.mean()), float(np.mean([row.sum() for row in rows]))
+    return Fill(
+        examples=len(drawn), mean_tokens=each, segment_tokens=each, real_tokens_per_update=whole, fill=1.0,
+        length_share=1.0, updates=0, source="", rows=rows,
+    )  # fmt: skip
 
 
 WAYS = {
@@ -76,7 +91,6 @@ def _compile(pipe, way: str, length: int, model: str, slice_name: str, rank: int
     from gemma4_tpu.models import sharding
     from gemma4_tpu.planning import compile as planning
     from gemma4_tpu.planning import counts, hlo, program
-    from gemma4_tpu.planning.fill import Fill
     from gemma4_tpu.training.recipe import Recipe
 
     arch, wanted = ARCHITECTURES[model], SLICES[slice_name]
@@ -105,7 +119,7 @@ def _compile(pipe, way: str, length: int, model: str, slice_name: str, rank: int
         compiled = program.until_assigned(lowered, Path(folder), limit)
         seconds = time.perf_counter() - start
         total = counts.count(hlo.parse(compiled.text))
-        fill = Fill(len(drawn), 0.0, 0.0, 0.0, 1.0, 0, "", rows[:500])
+        fill = packed_fill(drawn, rows[:500])
         skipped = sum(flops * (1 - fill.share_visited(mask, length)) for mask, flops in total.attention_flops.items())
     pipe.send(
         [

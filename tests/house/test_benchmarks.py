@@ -1,8 +1,10 @@
 """Tables that are made of the figures that are kept: every size on every slice, and the step against its targets."""
 
+import numpy as np
 import pytest
 
-from benchmarks import slices, targets
+from benchmarks import slices, step, targets
+from gemma4_tpu.planning.kernels import Mask
 
 GIB = 2**30
 
@@ -51,3 +53,11 @@ def test_a_step_is_compared_with_its_target_as_that_counts():
     assert told["26b_a4b on a v5p-8, ms per update"] == ["800", "not met: 220% over"]
     assert told["31b on a v6e-4, ms per row"] == ["–", "not compiled to the end"]
     assert told["31b on a v5p-8, TFLOP per real token and chip"][1] == "**met**"
+
+
+def test_attention_skips_what_belongs_to_other_examples():
+    """Four examples of two blocks each: within the causal half of 8 × 8 blocks, 3 of 36 for each."""
+    row = np.full(4, 1024)
+    fill = step.packed_fill(row, [row])
+    mask = Mask(window=None, block_q=512, block_kv=512)
+    assert fill.share_visited(mask, 4096) == pytest.approx(12 / 36)
