@@ -257,6 +257,14 @@ def test_a_fault_that_begins_late_or_is_small_everywhere_is_found():
     assert len(small["broken"]) == 1 and "5000 tokens are more surprising" in small["broken"][0]
 
 
+def test_rounding_does_not_add_up_to_a_fault():
+    """In bfloat16: 40 million tokens, each 0.001 nats less surprising than its distribution, or 0.002."""
+    rows = [compared(1, 0.0)]
+    for bias, holds in ((0.001, True), (0.002, False)):
+        rows[0]["compared"] |= {"tokens": 40_000_000, "variance": 4e7, "surprise": -bias * 4e7}
+        assert summed_up(rows, 0.05)["holds"] is holds
+
+
 def test_a_run_whose_certificate_does_not_hold_is_not_opened_silently(tmp_path, caplog):
     write_record(tmp_path / "certificate.json", "certificate", {"holds": False, "broken": ["not its own"]})
     (tmp_path / "config.yaml").write_text("model: {}\nlora: {}\n")
