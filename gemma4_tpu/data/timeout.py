@@ -50,7 +50,7 @@ def row_limit() -> Iterator[None]:
             raise _Expired
 
     if signal.getsignal(signal.SIGPROF) == signal.SIG_DFL:  # otherwise somebody profiles
-        faulthandler.register(signal.SIGPROF, all_threads=False, chain=True)
+        faulthandler.register(signal.SIGPROF, file=2, all_threads=False, chain=True)
     last = signal.setitimer(signal.ITIMER_PROF, ROW_CPU_SECONDS)
     before = signal.signal(signal.SIGALRM, expire)
     others = signal.setitimer(signal.ITIMER_REAL, ROW_SECONDS, _AGAIN_SECONDS)

@@ -142,7 +142,6 @@ REFUSED = [
     ("data.sequence_length=200", r"rollouts\.prompt_tokens=128 \+ rollouts\.new_tokens=128; give at least 255"),
     ("lora.dropout=0.1", r"lora\.dropout=0\.1: the policy is sampled without dropout"),
     ("data.packing=false", r"data\.packing=false: roll-outs need packed rows"),
-    ("rollouts.off_policy=-1", r"rollouts\.off_policy=-1: must be at least 0"),
     ("rollouts.samples=1", r"rollouts\.samples=1: must be at least 2, so that answers can be compared"),
     ("rollouts.overlong_tokens=500", r"rollouts\.overlong_tokens=500: more than the 128 tokens"),
     ("rollouts.recorded=/nowhere", r"rollouts\.recorded=/nowhere: no folder with rollouts/"),
@@ -162,6 +161,7 @@ def test_what_cannot_be_sampled_as_it_is_trained_is_refused_at_once(words, said)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("rollouts.off_policy=-1", r"rollouts\.off_policy=-1: must be a number of at least 0"),
         ("rollouts.entropy_low=5", r"rollouts\.entropy_low=5"),
         ("rollouts.entropy_high=0.5", r"rollouts\.entropy_high=0\.5: .*at least 1"),
     ],
