@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import resource
 import signal
 import sys
@@ -17,10 +16,6 @@ from gemma4_tpu.data.drops import RowDropped
 ROW_SECONDS = 10.0
 ROW_GIB = 2
 """In addition to what the process uses before."""
-ROW_CPU_SECONDS = 100.0
-"""Of the whole process, after which it is ended: the row is in an operation of Python's C code, which nothing
-interrupts.
-"""
 _AGAIN_SECONDS = 0.5  # in case third-party code swallowed the first alarm with a bare `except`
 
 
@@ -34,9 +29,6 @@ def row_limit() -> Iterator[None]:
 
     Only Python's main thread receives signals; rows are read there. In other threads there is no limit.
 
-    A single operation of Python's C code, such as comparing deeply shared lists, lasts until it is over. After
-    `ROW_CPU_SECONDS` the kernel ends the process by SIGPROF, and the stack is printed.
-
     Raises:
       RowDropped: `too_slow`.
     """
@@ -49,9 +41,6 @@ def row_limit() -> Iterator[None]:
         if inside:
             raise _Expired
 
-    if signal.getsignal(signal.SIGPROF) == signal.SIG_DFL:  # otherwise somebody profiles
-        faulthandler.register(signal.SIGPROF, file=2, all_threads=False, chain=True)
-    last = signal.setitimer(signal.ITIMER_PROF, ROW_CPU_SECONDS)
     before = signal.signal(signal.SIGALRM, expire)
     others = signal.setitimer(signal.ITIMER_REAL, ROW_SECONDS, _AGAIN_SECONDS)
     try:
@@ -63,7 +52,6 @@ def row_limit() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         signal.setitimer(signal.ITIMER_REAL, *others)
-        signal.setitimer(signal.ITIMER_PROF, *last)
 
 
 @contextmanager
