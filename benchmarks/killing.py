@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, TERMINATED
+from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, TERMINATED, leave
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGKILL)
 MOST_LINES = 12
@@ -60,7 +60,7 @@ class Process:
                 import tempfile
 
                 tempfile.tempdir = None  # it is remembered
-                code = main(list(arguments))
+                leave(main(list(arguments)))
             except SystemExit as end:
                 code = end.code if isinstance(end.code, int) else 1
             except BaseException:

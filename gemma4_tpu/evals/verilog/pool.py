@@ -90,8 +90,10 @@ class Pool:
 
     def close(self) -> None:
         """Ends the workers and removes their folders."""
-        self._executor.shutdown(cancel_futures=True)
-        self._folder.remove()
+        try:
+            self._executor.shutdown(cancel_futures=True)
+        finally:  # also if interrupted; a worker that still runs removes what it wrote meanwhile
+            self._folder.remove()
 
 
 def _run_for_stage(sandbox: Sandbox, folder: Path, command: Sequence[str], *, writable: Sequence[Path]) -> Finished:
@@ -120,7 +122,7 @@ class _Worker:
     def empty_folder(self, sandbox: Sandbox, name: str = "design") -> Path:
         folder = self.folder / name
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700, parents=True)
+        folder.mkdir(mode=0o700)
         sandbox.adopt(folder)
         return folder
 
@@ -173,6 +175,10 @@ def _start_worker(config: JudgeConfig, tools: Tools, root: Path, parent: int) ->
         signal.signal(number, lambda *_: _leave(root))  # sent to the group, it also ends the process that cleans up
     signal.signal(signal.SIGALRM, lambda *_: _leave(root) if os.getppid() != parent else None)
     signal.setitimer(signal.ITIMER_REAL, ORPHAN_CHECK_SECONDS, ORPHAN_CHECK_SECONDS)
+    try:
+        _worker.folder.mkdir()  # never the root, which nobody would remove again
+    except FileNotFoundError:  # the judge ended while this process started
+        os._exit(1)
 
 
 def _here() -> _Worker:

@@ -20,6 +20,7 @@ import psutil
 
 WALL_FACTOR, WALL_EXTRA_SECONDS = 6, 10  # CPU time is what counts on a busy machine; this stops commands that sleep
 OUT_OF_CPU_TIME = (-signal.SIGXCPU, 128 + signal.SIGXCPU)  # of the command itself, or of one that it waited for
+_SECONDS_TO_DIE = 5.0  # of a killed process; more only if it hangs in the kernel
 _staying: set[int] = set()  # process ids of commands that outlast others
 
 
@@ -130,10 +131,17 @@ class Running:
 
 
 def kill_commands() -> None:
-    """Kills the groups of all commands, including those that stay, without waiting: this process is about to end."""
+    """Kills all commands, including those that stay, and waits until they are gone, so that they write nothing more."""
     for pid in _children():
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
+    until = time.monotonic() + _SECONDS_TO_DIE
+    while (children := _children()) and time.monotonic() < until:  # orphans become children of this process
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.002)
 
 
 def _end_all(process: subprocess.Popen[bytes]) -> tuple[int, float]:

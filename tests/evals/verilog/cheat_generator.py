@@ -232,6 +232,7 @@ class Target:
 def make_worker(root, config):
     """What a worker process of the judge holds, in this process: (worker, level of isolation)."""
     worker = pool._Worker(config=config, tools=find_tools(config.iverilog), folder=Path(root) / "worker")
+    worker.folder.mkdir()
     for level in (Level.BUBBLEWRAP, Level.LANDLOCK):
         sandbox = worker.sandbox(level)
         if spy(worker.tools, sandbox, worker.empty_folder(sandbox)) is None:

@@ -33,6 +33,7 @@ def judge_canaries(level, root):
     """(why the level does not work, class of the right design and of each cheat)."""
     problem = canaries.problem()
     worker = pool._Worker(config=JudgeConfig(cpu_seconds=2), tools=find_tools(None), folder=Path(root) / "worker")
+    worker.folder.mkdir()
     pool._worker = worker
     sandbox = worker.sandbox(level)
     assert sandbox.uid is None

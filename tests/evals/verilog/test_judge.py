@@ -19,6 +19,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Verdict, VerdictClass
 from gemma4_tpu.evals.verilog import replays
 from gemma4_tpu.evals.verilog.iverilog import find_tools
+from gemma4_tpu.evals.verilog.pool import Pool
 from gemma4_tpu.evals.verilog.running import Finished
 from gemma4_tpu.evals.verilog.sandbox import Level
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
@@ -153,6 +154,21 @@ def test_a_killed_evaluation_leaves_nothing_running_and_nothing_in_memory(tmp_pa
     assert alive == []
     left = [path for place in (MEMORY_FOLDER, tmp_path) for path in place.glob(f"gemma4_tpu_judge_{process.pid}_*")]
     assert left == []
+
+
+@needs_iverilog
+def test_interrupted_while_its_workers_end_a_judge_leaves_no_folder(tmp_path, monkeypatch):
+    pool = Pool(JudgeConfig(workers=1, cache_dir=str(tmp_path)), find_tools(None))
+
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool._executor, "shutdown", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.close()
+    pool._executor.shutdown()
+    assert not pool._folder.path.exists()
 
 
 ASKING = """
