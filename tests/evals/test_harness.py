@@ -1,7 +1,7 @@
-"""lm-evaluation-harness on a server: what it is told, what is read back, two models compared; the real one if it is
-installed."""
+"""lm-evaluation-harness on a server: what it is told, what is read back, two models compared; the real one, too."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -14,6 +14,7 @@ from gemma4_tpu.evals.checks import find_command
 from gemma4_tpu.evals.harness import HarnessMetric, HarnessOutcome, HarnessTask, compare_harness, write_documents
 from gemma4_tpu.evaluate import main
 from tests.evals.server import Server
+from tests.fetched import locked
 
 COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "milk": "white", "leaf": "green"}
 TASK = {
@@ -56,8 +57,9 @@ class ScoringServer(Server):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_command() is None, reason="lm_eval is not installed (pip install 'gemma4-tpu[lm-eval]')")
-def test_the_real_one_scores_two_models_and_they_are_compared(tasks, tmp_path, capsys):
+def test_the_real_one_scores_two_models_and_they_are_compared(tasks, tmp_path, capsys, monkeypatch):
+    if find_command() is None:
+        monkeypatch.setenv("PATH", f"{locked('lm_eval')}{os.pathsep}{os.environ['PATH']}")
     blind = dict.fromkeys(COLOURS, "green")
     for name, likes in (("tuned", COLOURS), ("base", blind)):
         with ScoringServer(likes) as server:

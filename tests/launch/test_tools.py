@@ -6,8 +6,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,43 +19,11 @@ from gemma4_tpu.launch import gke
 from gemma4_tpu.serve import SERVE
 from gemma4_tpu.serving.flag_checks import HANDED_ON
 from gemma4_tpu.train import load_train
+from tests.fetched import tool
 from tests.launch.conftest import PLACE, ROOT, RUN, put_on_path
 
 CLUSTER = ["cluster=c", "image=us-docker.pkg.dev/p/r/gemma4-tpu:1"]
 SKYPILOT, SERVICE = ROOT / "launch/skypilot.yaml", ROOT / "launch/skypilot_serve.yaml"
-
-
-def tool(requirement: str) -> Path:
-    """The `bin` folder of an environment that holds this tool; skips the test where it can't be made."""
-    place = _made(
-        requirement, lambda at: [["venv", str(at)], ["pip", "install", "--python", f"{at}/bin/python", requirement]]
-    )
-    return place / "bin"
-
-
-def installed(*requirements: str) -> Path:
-    """A folder for PYTHONPATH that holds these packages, without what they depend on; skips as `tool` does."""
-    return _made(requirements[0], lambda at: [["pip", "install", "--no-deps", "--target", str(at), *requirements]])
-
-
-def _made(requirement: str, commands: Callable[[Path], list[list[str]]]) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma4_tpu/tools"
-    place = root / requirement.replace("==", "-")
-    if (place / "complete").exists():
-        return place
-    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if uv is None:
-        pytest.skip(f"{requirement} is tried only where uv can install it")
-    shutil.rmtree(place, ignore_errors=True)
-    for command in commands(place):
-        try:
-            done = subprocess.run([uv, "--quiet", *command], capture_output=True, text=True, timeout=150, check=False)
-        except subprocess.TimeoutExpired:
-            pytest.skip(f"could not be installed in time: {requirement}")
-        if done.returncode:
-            pytest.skip(f"could not be installed: {requirement} ({done.stderr.strip()[-200:]})")
-    (place / "complete").touch()
-    return place
 
 
 @pytest.fixture
