@@ -1,12 +1,12 @@
 """The examples to fork: each runs as its page says, and learns what it is about."""
 
-import os
 import re
 import subprocess
 import sys
 
 import pytest
 
+from tests.cpu_compiler import unhurried
 from tests.house.scripts import ROOT
 
 EXAMPLES = sorted(path.parent.name for path in (ROOT / "examples").glob("*/run.py"))
@@ -24,7 +24,7 @@ def test_each_is_short_and_told():
 def test_it_learns(name, tmp_path):
     words = [sys.executable, "-m", f"examples.{name}.run"]
     done = subprocess.run(
-        words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        words, cwd=tmp_path, env=unhurried() | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     told = r"^(?:{}):(?: \d+ samples .*\n  accuracy)?\D*([0-9.]+)"

@@ -4,6 +4,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.cpu_compiler import unhurried
 from tests.house.scripts import ROOT
 from tests.tpu_compiler import skip_without_tpu_compiler
 
@@ -24,6 +25,7 @@ def test_it_runs(path, tmp_path):
     if path.stem == "reading_a_plan":
         skip_without_tpu_compiler()
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env=unhurried())
     said = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any(said)
