@@ -49,7 +49,7 @@ over all chips, or only far enough to leave four fifths or half of HBM free, and
 All figures are *estimated*: memory by the TPU compiler, which compiles the whole training step without a TPU; time from
 the compiler's schedule, times a band of measured over scheduled time (`docs/planning.md`); dollars from the prices in
 `gemma4_tpu/prices.yaml`. A cell that is not fully compiled yet has no time, only its roofline, which is a lower bound.
-Minutes and dollars are for the paper's job: 9,959 rows of 922 tokens on average, one epoch. All cells were compiled
+Minutes and dollars are for the paper's job: 9,959 rows of 922 tokens on average, one epoch. Most cells were compiled
 before adapters with the same input shared a product, which makes a layer of 31B on a v5p-8 an *estimated* 0.7% faster
 ([`docs/step.md`](../../docs/step.md)). Nothing here ran on a TPU."""
 
