@@ -125,7 +125,7 @@ _ROLLOUTS = when(lambda told: told and "misfit" not in told, fields({
     "seconds": fields({"mid": _AMOUNTS}),
 }, {"idle_slots": AMOUNT}))  # fmt: skip
 _PLANNED = fields({
-    "fits": FLAG, **of_one(TEXT, "slice model trained remat"), "mesh": each(COUNT),
+    "fits": FLAG, **of_one(TEXT, "slice model trained remat"), "mesh": both(fields(of_one(COUNT, "fsdp tp")), each(COUNT)),
     **of_one(COUNT, "chips sequence_length rows_per_update microbatches"), "hbm_limit_bytes_per_chip": POSITIVE,
     "hbm_bytes_per_chip": _SECONDS, "lora_rank": maybe(COUNT),
 }, {
