@@ -28,7 +28,7 @@ from typing import Any
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.files import from_jsonable, jsonable, write_text
-from gemma4_tpu.tracking.shapes import METRICS, SAMPLED, VALIDATED
+from gemma4_tpu.tracking.shapes import METRICS, NUMBERED, SAMPLED, VALIDATED
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ _KNOWN = (
 )  # fmt: skip
 """Every key but an objective's."""
 
-_SHAPES = {"validation.jsonl": VALIDATED, "certificate.jsonl": SAMPLED}
-"""Of the rows of other files; their names are in `records` and `rollouts.certificate`."""
+_SHAPES = {"metrics.jsonl": METRICS, "validation.jsonl": VALIDATED, "certificate.jsonl": SAMPLED}
+"""Of the rows of the files that this module writes for others, too, by name."""
 
 
 def measures_of(rows: Iterable[dict[str, Any]]) -> list[str]:
@@ -125,7 +125,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse(text: str, path: Path) -> list[dict[str, Any]]:
-    rows, shape = [], _SHAPES.get(path.name, METRICS)
+    rows, shape = [], _SHAPES.get(path.name, NUMBERED)
     lines = text.split("\n")
     for number, line in enumerate(lines, start=1):
         if not line:

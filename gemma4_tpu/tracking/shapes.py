@@ -92,13 +92,15 @@ CERTIFICATE: Shape = fields({
 }, {"max_lag": COUNT})  # fmt: skip
 REPLAY: Shape = known(losses=_MAPPING, differences=each(listed(TEXT)))
 
-METRICS: Shape = both(fields({"update": COUNT}), each(_FIGURE))
+NUMBERED: Shape = fields({"update": COUNT})
+"""Rows of any file that belong to an update."""
+METRICS: Shape = both(NUMBERED, each(_FIGURE))
 VALIDATED: Shape = both(
     fields({"update": COUNT, "reward": NUMBER, "rewards": listed(NUMBER)}, of_one(NUMBER, "difference low high")),
     when(lambda row: "difference" in row or "low" in row, fields(of_one(NUMBER, "difference low high"))),
 )  # fmt: skip
 SAMPLED: Shape = both(
-    fields({"update": COUNT}, {
+    NUMBERED, known(**{
         **of_one(NUMBER, "loss expected_loss allowed_error kl"), "adapter": TEXT, "lag": COUNT,
         "compared": fields({"tokens": COUNT, **of_one(NUMBER, "mean_difference max_difference surprise variance")}),
         "kinds": each(listed(NUMBER)), "delivered": FLAG, **of_one(NUMBER, "reward malformed"),
@@ -125,7 +127,8 @@ _ROLLOUTS = when(lambda told: told and "misfit" not in told, fields({
     "seconds": fields({"mid": _AMOUNTS}),
 }, {"idle_slots": AMOUNT}))  # fmt: skip
 _PLANNED = fields({
-    "fits": FLAG, **of_one(TEXT, "slice model trained remat"), "mesh": both(fields(of_one(COUNT, "fsdp tp")), each(COUNT)),
+    "fits": FLAG, **of_one(TEXT, "slice model trained remat"),
+    "mesh": both(fields(of_one(COUNT, "fsdp tp")), each(COUNT)),
     **of_one(COUNT, "chips sequence_length rows_per_update microbatches"), "hbm_limit_bytes_per_chip": POSITIVE,
     "hbm_bytes_per_chip": _SECONDS, "lora_rank": maybe(COUNT),
 }, {
@@ -210,12 +213,12 @@ SERVING: Shape = known(
     **of_one(maybe(TEXT), "endpoint model folder"),
 )  # fmt: skip
 LOAD_TEST: Shape = known(**_ENDED, **of_one(_SECONDS, "peak_output_throughput"), peak_cell=maybe(TEXT))
-_RATE = either(leaf("inf", lambda value: value == "inf"), maybe(POSITIVE), leaf("a number above 0, or inf", lambda value: False))
+_RATE = leaf("a number above 0, or inf", lambda rate: rate in (None, "inf") or POSITIVE(rate, "") is None)
 _LATENCIES = " ".join(f"{one}_{name}_ms" for one in ("median", "p99") for name in ("ttft", "tpot", "itl", "e2el"))
 CELL: Shape = both(
     known(
-        **of_one(TEXT, "state reason cell"), **of_one(COUNT, "attempt completed failed"), max_concurrency=maybe(POSITIVE),
-        request_rate=_RATE,
+        **of_one(TEXT, "state reason cell"), **of_one(COUNT, "attempt completed failed"),
+        max_concurrency=maybe(POSITIVE), request_rate=_RATE,
         **of_one(_SECONDS, f"{_LATENCIES} total_input_tokens total_output_tokens output_throughput"),
     ),
     when(lambda cell: "completed" in cell or cell.get("state") in ("ok", "overloaded"), fields(
@@ -242,7 +245,7 @@ CONFIG: Shape = known(
     eval=known(endpoint=maybe(TEXT)),
     serving=maybe(known(
         **of_one(maybe(TEXT), "slice host"), **of_one(TEXT, "weight_dtype kv_cache_dtype"), port=maybe(COUNT),
-        data_parallel_size=POSITIVE, flags=maybe(_MAPPING),
+        data_parallel_size=POSITIVE, flags=maybe(_MAPPING), served_model_name=maybe(TEXT),
     )),
-    **of_one(maybe(TEXT), "run served replay slice architecture"),
+    **of_one(maybe(TEXT), "run served replay slice architecture"), adapters=maybe(listed(TEXT)),
 )  # fmt: skip

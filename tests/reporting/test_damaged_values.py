@@ -124,7 +124,8 @@ def damaged(path: Path, at, new):
     try:
         yield
     except UserError as told:
-        assert str(path.name) in str(told) and "damaged" in str(told), (at, new)
+        if path.name not in str(told) or "damaged" not in str(told):
+            raise AssertionError(f"{path}: {at} = {new!r}: {told}") from told
         raise
     except Exception as error:
         raise AssertionError(f"{path}: {at} = {new!r}: {error!r}") from error
