@@ -74,7 +74,7 @@ _NAMED = {
 _AGAIN = {
     PLAN: ", or plan again", MERGE: ", or merge again", EVALUATION: ", or evaluate again into another folder",
     LOAD_TEST: ", or run the load test again", CELL: ", or delete it: the same load test measures it again",
-    SWEEP: ", or use another folder", TRAINING: ", or resume the run, which writes it again",
+    SWEEP: ", or use another folder", TRAINING: ", or delete it: the run then counts as not ended",
 }  # fmt: skip
 """Kind → what works besides bringing back a copy."""
 
