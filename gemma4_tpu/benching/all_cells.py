@@ -24,11 +24,22 @@ from gemma4_tpu.config.serving import BenchConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.prices import Price
 from gemma4_tpu.tracking.logs import console
-from gemma4_tpu.tracking.records import CELL, read_record, write_record
+from gemma4_tpu.tracking.records import CELL, check_shape, read_record, write_record
+from gemma4_tpu.tracking.typed import AMOUNT, COUNT, NUMBER, TEXT, both, choice, fields, listed, maybe, of_one, when
 
 log = logging.getLogger(__name__)
 
 STATES = (*MEASURED, INFEASIBLE, FAILED)
+_LATENCIES = " ".join(f"{which}_{name}_ms" for which in ("median", "p99") for name in ("ttft", "tpot", "itl", "e2el"))
+_OWN = both(
+    fields({"state": choice(*STATES), "attempt": COUNT, "model_id": TEXT}),
+    when(lambda cell: cell.get("completed"), fields({
+        **of_one(AMOUNT, "request_throughput output_throughput total_token_throughput median_sending_lag_ms"),
+        **of_one(maybe(AMOUNT), f"{_LATENCIES} chunks_per_token prefix_cache_hit_tokens prefix_cache_query_tokens"),
+        **of_one(COUNT, "failed short_answers"), "tokens_counted_by": TEXT, "p99_marked": listed(TEXT),
+    }, {"request_goodput": maybe(AMOUNT), "max_output_tokens_per_s": maybe(AMOUNT), "latency_growth": maybe(NUMBER)})),
+)  # fmt: skip
+"""What a report relies on in a cell of an earlier start."""
 
 Results = dict[Cell, dict[str, Any]]
 """Result by cell, for the cells that have run, in the order of the load test."""
@@ -189,7 +200,8 @@ def _read(folder: Path, cell: Cell) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        result = read_record(path).values
+        result = read_record(path, CELL).values
+        check_shape(result, _OWN, path)
     except UserError:  # damaged
         result = {}
     if result.get("state") in STATES:

@@ -9,8 +9,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import yaml
-
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.benching.slo import slo_problems
 from gemma4_tpu.config.keys import did_you_mean
@@ -18,10 +16,12 @@ from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.paths import folder_of, name_problem
 from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.serving import BenchConfig, BenchRoot, ServingConfig
+from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import LOCAL, SLICES
 from gemma4_tpu.serving.adapter_checks import find_adapters
 from gemma4_tpu.serving.checks import name_of, url_of
 from gemma4_tpu.serving.model_checks import MERGED
+from gemma4_tpu.tracking.records import config_of
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,9 @@ def _record(folder: str) -> tuple[ServingConfig | None, list[str]]:
     """`serving` of a server's record, or the problems with it. Drops keys of other versions."""
     path = Path(folder, "config.yaml")
     try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8")).get("serving")
-    except (OSError, yaml.YAMLError, AttributeError):
-        told = None
+        told = config_of(path.parent).get("serving")
+    except UserError as damage:
+        return None, [f"served={folder}: {damage}"]
     if not isinstance(told, dict) or not {"slice", "host", "port"} <= told.keys():
         return None, [f"served={folder}: not the record of a server (python -m gemma4_tpu.serve writes one)"]
     if told["slice"] == LOCAL:  # a record from before the key `runner` existed
@@ -155,7 +155,7 @@ def _no_vllm(served: str | None) -> str:
 
 def _run(served: str, serving: ServingConfig) -> Path | None:
     """The folder that the server serves, according to its record; with adapters, that of their base."""
-    told = yaml.safe_load(Path(served, "config.yaml").read_text(encoding="utf-8"))
+    told = config_of(Path(served))
     run = told.get("run")
     if not run and (adapters := told.get("adapters")):
         _, run, _ = find_adapters(adapters, "", serving)

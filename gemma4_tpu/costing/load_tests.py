@@ -36,7 +36,8 @@ def read_points(folder: Path, *, setup: Serving | None = None, system: str | Non
       setup: model and slice; None: from `config.yaml`.
       system: whose training it is added to.
     """
-    records = [(path, read_record(path)) for path in sorted({*folder.glob("*.json"), *folder.glob("cells/*.json")})]
+    records = [(path, read_record(path)) for path in sorted(folder.glob("*.json"))]
+    records += [(path, read_record(path, CELL)) for path in sorted(folder.glob("cells/*.json"))]
     cells = [(path, record.values) for path, record in records if record.kind == CELL and "completed" in record.values]
     cells.sort(key=lambda one: _load(one[1]))
     if not cells:

@@ -28,6 +28,7 @@ from gemma4_tpu.evals.verilog.second import second_name, second_problem
 from gemma4_tpu.evals.verilog.strength import reference_ports
 from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
 from gemma4_tpu.tracking.records import STIMULUS, read_record, write_record
+from gemma4_tpu.tracking.typed import FLAG, TEXT, WHOLE, choice, fields, maybe
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def prepare(problems: Sequence[Problem], judge: VerilogJudge, seed: int | None, 
     """
     recorded = folder / STIMULUS_FILE
     if seed is None:
-        seed = int(read_record(recorded).values["seed"]) if recorded.is_file() else secrets.randbits(31)
+        seed = int(read_record(recorded, STIMULUS).values["seed"]) if recorded.is_file() else secrets.randbits(31)
     ports, without = reference_ports(problems, judge)
     seconds = {p.name: second_problem(p, ports[p.name], seed) for p in problems if p.name in ports}
     check = judge.prepare(list(seconds.values()), fresh=True, keep=False)
@@ -77,6 +78,12 @@ def prepare(problems: Sequence[Problem], judge: VerilogJudge, seed: int | None, 
     return second
 
 
+_OPINION = fields({
+    "kind": choice(*VerdictClass), "detail": TEXT, "equivalent": maybe(FLAG), LINT: maybe(WHOLE), "cells": maybe(WHOLE),
+    "transistors": maybe(WHOLE),
+})  # fmt: skip
+
+
 def second_opinions(
     samples: Sequence[Sample], verdicts: Mapping[Key, Verdict], second: Second, judge: VerilogJudge,
     columns: Sequence[str], path: Path,
@@ -91,7 +98,7 @@ def second_opinions(
       columns: `lint`, `size`: also what verilator and yosys report about samples that pass.
       path: file that keeps the rows; existing rows are not made again.
     """
-    with Rows(path) as rows:
+    with Rows(path, _OPINION) as rows:
         fresh = [s for s in samples if s.problem in second.problems and s.key not in rows.rows]
         equal = alike(s for s in fresh if verdicts[s.key].kind in (VerdictClass.PASS, VerdictClass.MISMATCH))
         if equal:

@@ -13,13 +13,14 @@ from typing import Any, Self
 from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.evals.benchmarks import load_problems
 from gemma4_tpu.evals.court import VERDICTS_FILE, Judged
-from gemma4_tpu.evals.problems import LEAKED, Judge, Problem, Verdict, is_leaked_thought
+from gemma4_tpu.evals.problems import LEAKED, Judge, Problem, Verdict, VerdictClass, is_leaked_thought
 from gemma4_tpu.evals.scores import disagreements
 from gemma4_tpu.evals.second_opinions import OPINIONS_FILE, Second, columns, prepare, second_opinions
 from gemma4_tpu.evals.store import Key, Rows, Sample, alike
 from gemma4_tpu.evals.verilog.strength import grade, sentences, to_rows, vacuous
 from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
 from gemma4_tpu.tracking.records import SELFCHECK, write_record
+from gemma4_tpu.tracking.typed import AMOUNT, COUNT, FLAG, TEXT, choice, fields, maybe
 
 log = logging.getLogger(__name__)
 
@@ -108,10 +109,16 @@ def _about(
     return {"seed": second.seed, "without": second.without, "disagreements": rows, **columns(opinions.values())}
 
 
+_VERDICT = fields({"kind": choice(*VerdictClass), "official": maybe(FLAG)}, {
+    "detail": TEXT, "refused_by": maybe(TEXT), "mismatches": maybe(COUNT), "samples": maybe(COUNT),
+    "cpu_seconds": AMOUNT,
+})  # fmt: skip
+
+
 def _judge(samples: Sequence[Sample], problems: Sequence[Problem], judge: Judge, path: Path) -> Mapping[Key, Verdict]:
     """Verdicts of all samples; equal completions of a problem are simulated once."""
     by_name = {problem.name: problem for problem in problems}
-    with Rows(path) as rows:
+    with Rows(path, _VERDICT) as rows:
         fresh = [s for s in samples if s.key not in rows.rows and s.problem in by_name]
         for sample in fresh:
             if is_leaked_thought(sample.completion):
@@ -128,7 +135,7 @@ def _judge(samples: Sequence[Sample], problems: Sequence[Problem], judge: Judge,
 
 
 def _verdict(row: Mapping[str, Any]) -> Verdict:
-    return Verdict.from_row({key: value for key, value in row.items() if key not in ("problem", "sample")})
+    return Verdict.from_row({key: value for key, value in row.items() if key in Verdict.__dataclass_fields__})
 
 
 def _reported(groups: Iterable[list[Sample]], total: int) -> Iterable[list[Sample]]:

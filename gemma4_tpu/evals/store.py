@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.files import write_text
+from gemma4_tpu.tracking.typed import ANYTHING, COUNT, NUMBER, TEXT, WHOLE, Shape, fields, listed, maybe
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +50,18 @@ class Sample:
         return self.problem, self.sample
 
 
+_KEYED = fields({"problem": TEXT, "sample": COUNT})
+_CHOICE = fields({"logprob": NUMBER, "tokens": COUNT})
+_SAMPLE = fields({"completion": TEXT}, {
+    "finish": TEXT, "tokens": maybe(COUNT), "seed": maybe(WHOLE), "choices": maybe(listed(_CHOICE)),
+})  # fmt: skip
+
+
 class Rows:
     """An append-only JSONL file of rows with `problem` and `sample`; one row per key, of which the first counts."""
 
-    def __init__(self, path: Path):
-        """Reads existing rows; an incomplete last line (the writer was killed) is cut off.
+    def __init__(self, path: Path, shape: Shape = ANYTHING):
+        """Reads existing rows, which must have this shape; an incomplete last line (the writer was killed) is cut off.
 
         Raises:
           UserError: another line is damaged.
@@ -68,8 +76,10 @@ class Rows:
         for number, line in enumerate(whole.split("\n")[:-1], 1):
             try:
                 row = json.loads(line)
-                self.rows.setdefault((row["problem"], int(row["sample"])), row)
-            except (ValueError, KeyError, TypeError) as error:
+                if told := _KEYED(row, "") or shape(row, ""):
+                    raise ValueError(told)
+                self.rows.setdefault((row["problem"], row["sample"]), row)
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: damaged ({error}); delete that line") from None
         self._file = path.open("a", encoding="utf-8")
 
@@ -96,6 +106,9 @@ class Rows:
 
 class Samples(Rows):
     """`samples.jsonl`."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, _SAMPLE)
 
     def add_sample(self, sample: Sample) -> None:
         """Appends a completion."""

@@ -4,7 +4,6 @@ no JAX.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.paths import folder_of, name_problem, remote_problem
 from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.tasks import ExportConfig, MergeRoot
+from gemma4_tpu.tracking.records import SWEEP, read_record
 from gemma4_tpu.tracking.run import is_run
 
 TOKEN = "HF_TOKEN"
@@ -81,8 +81,9 @@ def _unfinished(folder: Path) -> dict[str, str]:
     record = folder / "sweep.json"
     if not record.is_file():
         return {}
-    jobs = json.loads(record.read_text(encoding="utf-8"))["jobs"]
-    return {job["name"]: f"{job['name']}: {job['status']}" for job in jobs if job["status"] != "finished"}
+    jobs = read_record(record, SWEEP).values["jobs"]
+    told = {job["name"]: job.get("status", "waiting") for job in jobs}
+    return {name: f"{name}: {status}" for name, status in told.items() if status != "finished"}
 
 
 def _natural(place: Path) -> list[tuple[int, str]]:

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gemma4_tpu.checkpoint_folder import PROBE_NAME
+from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.place import Place
 from gemma4_tpu.export.trained import Trained
 from gemma4_tpu.new_tokens import rewritten
+from gemma4_tpu.tracking.records import check_shape
+from gemma4_tpu.tracking.typed import COUNT, TEXT, fields
 
+_ANSWER = fields({"update": COUNT, "prompt": TEXT, "answer": TEXT})
 log = logging.getLogger(__name__)
 
 MIN_MARGIN = 0.1
@@ -65,7 +70,7 @@ def from_answers(trained: Trained) -> list[dict[str, Any]]:
 
     renamed = trained.base.token_places.renamed
     tokenizer = Tokenizer.from_buffer(bytes(rewritten(tokenizer_path.name, tokenizer_path.read_bytes(), renamed)))
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    rows = list(_answers(path))
     before = {row["prompt"]: row["answer"] for row in rows if row["update"] == 0}
     after = {row["prompt"]: row["answer"] for row in rows if row["update"] == trained.state.update}
     probes: list[dict[str, Any]] = []
@@ -77,6 +82,18 @@ def from_answers(trained: Trained) -> list[dict[str, Any]]:
         if shared is not None:
             probes.append({"tokens": start + merged[:shared], "merged": merged[shared], "base": base[shared]})
     return sorted(probes, key=lambda probe: len(probe["tokens"]))[:MAX_PROMPTS]
+
+
+def _answers(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of held-out answers, as they were sampled. Raises: UserError: one is damaged."""
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        if line:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: damaged ({error}); delete that line") from None
+            check_shape(row, _ANSWER, f"{path}, line {number}", "delete that line")
+            yield row
 
 
 def write_probes(trained: Trained, place: Place, report: dict[str, Any] | None) -> None:

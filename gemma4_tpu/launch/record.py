@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.config.machines import HardwareConfig
+from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import Slice, slice_of
 from gemma4_tpu.launch.after import FollowUp
 from gemma4_tpu.launch.schema import PlaceConfig, TpuVmConfig
 from gemma4_tpu.prices import ON_DEMAND, SPOT, Price, price_in_zone
 from gemma4_tpu.tracking.files import write_json
+from gemma4_tpu.tracking.records import check_shape
+from gemma4_tpu.tracking.typed import ANYTHING, FLAG, TEXT, each, fields, listed, maybe, of_one
 from gemma4_tpu.train import load_train
 
 PREFIX = "gemma4-tpu-"
@@ -75,11 +78,24 @@ class Launch:
         write_json(self.folder / "job.json", self)
 
 
+_SHAPE = fields({
+    **of_one(TEXT, "id project zone slice run_dir launch_dir created"), "spot": FLAG, "train": listed(TEXT),
+    "after": listed(fields({"name": TEXT, "words": listed(TEXT)}, of_one(maybe(TEXT), "problems served"))),
+    "model_source": maybe(TEXT), "launch": each(ANYTHING),
+})  # fmt: skip
+
+
 def saved() -> dict[str, Launch]:
     """The records of this folder, by id."""
     found = {}
     for path in sorted(RECORDS.glob("*/job.json")):
-        found[path.parent.name] = Launch(**json.loads(path.read_text(encoding="utf-8")))
+        advice = "bring back a copy, or delete the folder once nothing of it runs (launch.tpu_vm list)"
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: damaged ({error}); {advice}") from None
+        check_shape(told, _SHAPE, path, advice)
+        found[path.parent.name] = Launch(**{key: told[key] for key in Launch.__dataclass_fields__ if key in told})
     return found
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import yaml
-
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import SLICES, Chip
 from gemma4_tpu.planning.calibration import Band
+from gemma4_tpu.tracking.records import config_of
 from gemma4_tpu.tracking.result import Result
 
 log = logging.getLogger(__name__)
@@ -44,11 +43,10 @@ def band_of_runs(place: Path, chip: Chip) -> Band:
 def _ratios(run: Path, chip: Chip) -> tuple[float, float] | None:
     """(10th, 90th percentile) of measured over predicted time; None: another chip, or one of them is unknown."""
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        result = Result.read(run / "result.json")
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        result, config = Result.read(run / "result.json"), config_of(run)
+    except UserError as error:
         raise UserError(f"plan.calibration: {run}: damaged, or no training run ({error})") from None
-    name = ((config or {}).get("hardware") or {}).get("name")
+    name = config.get("hardware", {}).get("name")
     if name not in SLICES or SLICES[name].chip is not chip:
         log.info("plan.calibration: %s ran on %s, not %s", run, name, chip.name)
         return None

@@ -17,14 +17,17 @@ import yaml
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.files import read_json
-from gemma4_tpu.tracking.records import read_record
+from gemma4_tpu.tracking.records import check_shape, read_record
 from gemma4_tpu.tracking.result import Result
+from gemma4_tpu.tracking.typed import COUNT, TEXT, fields
 from gemma4_tpu.training.checks import PARTS
 from gemma4_tpu.training.replay import FILE, Unequal
 
 NEEDED = ("config.yaml", "provenance.json", "metrics.jsonl", "result.json", "check.yaml")
 SAME = ("status", "updates", "real_tokens", "target_tokens", "slots", "lora_parameters", "adapted_modules")
 """Keys of the result that must be equal on every machine."""
+
+_MADE_ON = fields({"hardware": fields({"slice": TEXT, "devices": COUNT, "kind": TEXT})})
 
 
 def check_experiment(folder: str) -> int:
@@ -41,7 +44,9 @@ def check_experiment(folder: str) -> int:
     place = Path(folder).expanduser()
     _refuse_unrecorded(folder, place)
     tolerance = _tolerance(place)
-    hardware = read_record(place / "provenance.json").values["hardware"]
+    made_on = read_record(place / "provenance.json").values
+    check_shape(made_on, _MADE_ON, place / "provenance.json")
+    hardware = made_on["hardware"]
     _refuse_other_hardware(folder, hardware)
     run_dir = f"outputs/checks/{place.absolute().name}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
     words = [f"replay='{folder}'", f"replay_allow=[{','.join(PARTS)}]", f"run_dir='{run_dir}'", "tracker=none"]
@@ -96,7 +101,10 @@ def _refuse_unrecorded(folder: str, place: Path) -> None:
 
 
 def _tolerance(place: Path) -> float:
-    stated: Any = yaml.safe_load((place / "check.yaml").read_text(encoding="utf-8"))
+    try:
+        stated: Any = yaml.safe_load((place / "check.yaml").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        stated = None
     tolerance = stated.get("loss_tolerance") if isinstance(stated, dict) else None
     if not isinstance(tolerance, int | float) or not tolerance >= 0:
         raise UserError(

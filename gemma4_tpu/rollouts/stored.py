@@ -29,11 +29,15 @@ from gemma4_tpu.rollouts.rewarding import Rewarded
 from gemma4_tpu.rollouts.sampler import Drawn, Wanted
 from gemma4_tpu.tracking.files import write_text
 from gemma4_tpu.tracking.records import ROLLOUTS
+from gemma4_tpu.tracking.typed import COUNT, FLAG, NUMBER, TEXT, fields, listed
 from gemma4_tpu.training.hosts import ALONE, Hosts
 
 log = logging.getLogger(__name__)
 
 _BITS = np.dtype("<f4")
+
+_DRAWN = fields({"ids": listed(COUNT), "logprobs": TEXT, "stopped": FLAG}, {"adapter": TEXT})
+_REWARDED = fields({"reward": NUMBER, "kind": TEXT, "detail": TEXT, "well_formed": FLAG})
 
 
 class StoredUpdate:
@@ -70,13 +74,13 @@ class StoredUpdate:
             for other in (recorded / ROLLOUTS / path.name for path in reversed(paths)):
                 if other.exists():
                     write_text(paths[0].with_name(other.name), other.read_text(encoding="utf-8"))
-        samples, verdicts = (Rows(path) for path in paths)
+        samples, verdicts = (Rows(path, shape) for path, shape in zip(paths, (_DRAWN, _REWARDED), strict=True))
         if any(row.get("adapter") != self.adapter for row in samples.rows.values()):
             log.warning("%s: drawn from another policy than this start's; drawn and judged again", paths[0].name)
             for rows in (verdicts, samples):
                 rows.close()
                 rows.path.unlink()
-            samples, verdicts = (Rows(path) for path in paths)
+            samples, verdicts = (Rows(path, shape) for path, shape in zip(paths, (_DRAWN, _REWARDED), strict=True))
         self._files = samples, verdicts
         return list(samples.rows.values())
 

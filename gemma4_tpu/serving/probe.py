@@ -15,9 +15,12 @@ import httpx
 
 from gemma4_tpu.checkpoint_folder import PROBE_NAME
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.tracking.records import check_shape
+from gemma4_tpu.tracking.typed import COUNT, fields, listed
 
 ANSWER_SECONDS = 300.0
 """For one token; a first request can trigger compilation."""
+_PROMPTS = fields({"prompts": listed(fields({"tokens": listed(COUNT), "merged": COUNT, "base": COUNT}))})
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def probe(client: httpx.Client, name: str, folder: Path) -> ProbeResult | None:
     path = folder / PROBE_NAME
     if not path.is_file():
         return None
-    stored = json.loads(path.read_text(encoding="utf-8"))["prompts"]
+    stored = _stored(path)
     if not stored:
         return None
     answers = []
@@ -55,6 +58,17 @@ def probe(client: httpx.Client, name: str, folder: Path) -> ProbeResult | None:
         }  # fmt: skip
         answers.append(_token(client, body))
     return _judge(name, stored, answers)
+
+
+def _stored(path: Path) -> list[dict[str, Any]]:
+    """Raises `UserError` where the file is damaged."""
+    advice = "merge again, or serving.probe=false skips the check"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error}); {advice}") from None
+    check_shape(found, _PROMPTS, path, advice)
+    return list(found["prompts"])
 
 
 def _token(client: httpx.Client, body: dict[str, Any]) -> int:

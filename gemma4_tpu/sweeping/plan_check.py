@@ -30,6 +30,9 @@ from gemma4_tpu.config.tasks import PlanConfig, PlanRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import slice_of
 from gemma4_tpu.tracking.files import from_jsonable, jsonable, read_json, write_json, write_text
+from gemma4_tpu.tracking.records import check_shape
+from gemma4_tpu.tracking.typed import FLAG, TEXT, maybe
+from gemma4_tpu.tracking.typed import fields as fields_of
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +93,17 @@ def check_fit(config: TrainRoot, mode: str, folder: Path, stopped: Callable[[], 
         _compile(config, answer, stopped)
     if not answer.is_file():
         return Fit(None, f"not checked: the compiling process failed ({answer.with_suffix('.log')})")
-    told = read_json(answer)
+    told = _read_answer(answer)
     return Fit(told["fits"], told["told"])
+
+
+def _read_answer(path: Path) -> dict[str, Any]:
+    try:
+        told = read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it: the next start checks again") from None
+    check_shape(told, fields_of({"fits": maybe(FLAG), "told": TEXT}), path, "delete it: the next start checks again")
+    return dict(told)
 
 
 def _obstacle(hardware: HardwareConfig) -> str | None:

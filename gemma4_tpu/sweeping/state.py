@@ -79,9 +79,7 @@ class Sweep:
         path = folder / RECORD
         if not path.is_file():
             return cls(folder=folder, entry=entry or "train")
-        told = read_record(path).values
-        if not isinstance(told.get("entry"), str) or not isinstance(told.get("jobs"), list):
-            raise UserError(f"{path}: damaged (no entry with jobs); bring back a copy, or use another folder")
+        told = read_record(path, SWEEP).values
         if entry and told["entry"] != entry:
             raise UserError(f"hydra.sweep.dir={folder}: contains a sweep of {told['entry']}; use another folder")
         known = {f.name for f in dataclasses.fields(SweepJob)}

@@ -28,6 +28,7 @@ from typing import Any
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.files import from_jsonable, jsonable, write_text
+from gemma4_tpu.tracking.shapes import METRICS, NUMBERED, SAMPLED, VALIDATED
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,9 @@ _KNOWN = (
     "hbm_bytes", "hbm_peak_bytes", "usd",
 )  # fmt: skip
 """Every key but an objective's."""
+
+_SHAPES = {"metrics.jsonl": METRICS, "validation.jsonl": VALIDATED, "certificate.jsonl": SAMPLED}
+"""Of the rows of the files that this module writes for others, too, by name."""
 
 
 def measures_of(rows: Iterable[dict[str, Any]]) -> list[str]:
@@ -121,17 +125,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse(text: str, path: Path) -> list[dict[str, Any]]:
-    rows = []
+    rows, shape = [], _SHAPES.get(path.name, NUMBERED)
     lines = text.split("\n")
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
             row = from_jsonable(json.loads(line))
-            if not isinstance(row, dict) or not isinstance(row.get("update"), int):
-                raise ValueError("no object with an update")
-            if wrong := [key for key in _KNOWN if not isinstance(row.get(key), int | float | None)]:
-                raise ValueError(f"{wrong[0]} is not a number")
+            if told := shape(row, ""):
+                raise ValueError(told)
             rows.append(row)
         except (ValueError, RecursionError) as error:
             if number != len(lines):  # only the last line lacks its newline

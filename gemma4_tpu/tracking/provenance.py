@@ -146,9 +146,9 @@ def record(run: RunFolder, provenance: Provenance) -> list[RecordDifference]:
     for difference in differences:
         log.warning("changed since the run started: %s", difference)
     start = {"started": now["started"], "command": now["command"], "differences": differences}
-    write_record(run.provenance_path, PROVENANCE, {**first, "resumed": [*first["resumed"], start]})
+    write_record(run.provenance_path, PROVENANCE, {**first, "resumed": [*first.get("resumed", []), start]})
     if any(difference.key.startswith("code.") for difference in differences):
-        _save_diff(run.path / f"git.resumed_{len(first['resumed']) + 1}.diff")
+        _save_diff(run.path / f"git.resumed_{len(first.get('resumed', [])) + 1}.diff")
     return differences
 
 

@@ -15,7 +15,9 @@ from typing import Any
 import yaml
 
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.tracking import shapes
 from gemma4_tpu.tracking.files import jsonable, read_json, write_compact_json, write_json
+from gemma4_tpu.tracking.typed import Shape
 
 TRAINING, PLAN, MERGE, EVALUATION, HARNESS, SERVING, LOAD_TEST = WORK = (
     "training", "plan", "merge", "evaluation", "harness", "serving", "load_test",
@@ -58,19 +60,67 @@ def write_record(path: Path, kind: str, values: Any, *, compact: bool = False) -
     write(path, {"kind": kind, "version": VERSION, **jsonable(values)})
 
 
-def read_record(path: Path) -> Record:
-    """Reads a record of this or an earlier version.
+_SHAPES = {
+    TRAINING: shapes.TRAINING, PLAN: shapes.PLAN, MERGE: shapes.MERGE, EVALUATION: shapes.EVALUATION,
+    HARNESS: shapes.HARNESS, SERVING: shapes.SERVING, LOAD_TEST: shapes.LOAD_TEST, CELL: shapes.CELL,
+    CERTIFICATE: shapes.CERTIFICATE, DATA: shapes.DATA, PROVENANCE: shapes.PROVENANCE, REPLAY: shapes.REPLAY,
+    STIMULUS: shapes.STIMULUS, SWEEP: shapes.SWEEP,
+}  # fmt: skip
+"""Of the kinds that a command reads."""
+_NAMED = {
+    f"{kind}.json": kind for kind in (CERTIFICATE, DATA, PLAN, PROVENANCE, REPLAY, STIMULUS, SWEEP)
+}  # fmt: skip
+"""Files that are of one kind in every run folder, whether they say so or not."""
+_AGAIN = {
+    PLAN: ", or plan again", MERGE: ", or merge again", EVALUATION: ", or evaluate again into another folder",
+    LOAD_TEST: ", or run the load test again", CELL: ", or delete it: the same load test measures it again",
+    SWEEP: ", or use another folder", TRAINING: ", or delete it: the run then counts as not ended",
+}  # fmt: skip
+"""Kind → what works besides bringing back a copy."""
+
+
+def check_shape(value: Any, shape: Shape, where: str | Path, advice: str = "bring back a copy") -> None:
+    """Checks what a file contains.
+
+    Args:
+      value: its content.
+      shape: what its writer writes.
+      where: the file, with a line number if it has several rows.
+      advice: what would work.
 
     Raises:
-      UserError: the file cannot be read, or has a later version.
+      UserError: it has another shape; names the file, the dotted key, what it is and what it should be.
+    """
+    if told := shape(value, ""):
+        raise UserError(f"{where}: damaged: {told}; {advice}")
+
+
+def read_record(path: Path, wanted: str | None = None) -> Record:
+    """Reads a record of this or an earlier version, and checks that it has the shape of its kind.
+
+    Args:
+      path: the file.
+      wanted: the kind that the caller relies on; None: whatever the file says it is.
+
+    Raises:
+      UserError: the file cannot be read, is of another kind, has a later version, or another shape than its kind.
     """
     try:
-        values = read_json(path)
+        content = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error})") from None
-    if not isinstance(values, dict):
-        return Record(None, {})
-    if not isinstance(values.get("version"), int) or "kind" not in values:
+    found = _recognised(path, content) if isinstance(content, dict) else Record(None, {})
+    kind = wanted or _NAMED.get(path.name) or found.kind
+    if found.kind not in (None, kind):
+        raise UserError(f"{path}: damaged: kind is {found.kind!r}, not {kind!r}; bring back a copy")
+    if kind in _SHAPES and path.name != FOLDER:  # which says only the kind
+        values = found.values if isinstance(content, dict) else content
+        check_shape(values, _SHAPES[kind], path, f"bring back a copy{_AGAIN.get(kind, '')}")
+    return found
+
+
+def _recognised(path: Path, values: dict[str, Any]) -> Record:
+    if not isinstance(values.get("version"), int) or not isinstance(values.get("kind"), str):
         kind = _old_kind(path, values)
         return Record(kind, _with_rank(values) if kind == PLAN else values)
     kind, version = values.pop("kind"), values.pop("version")
@@ -93,14 +143,18 @@ def result_of(folder: Path) -> Record:
 def broken_certificate(folder: Path) -> str | None:
     """Why the certificate of an on-policy run does not hold; None: it does, or the run needs none."""
     path = folder / CERTIFICATE_FILE
-    values = read_record(path).values if path.is_file() else {}
-    return None if values.get("holds", True) else "; ".join(values.get("broken", []))
+    values = read_record(path, CERTIFICATE).values if path.is_file() else {}
+    return None if values.get("holds", True) else "; ".join(values["broken"])
 
 
 def config_of(folder: Path) -> dict[str, Any]:
     """`config.yaml` of a run folder as plain values; empty where there is none."""
     path = folder / CONFIG
-    return _read_yaml(path, dict) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    config = _read_yaml(path, dict)
+    check_shape(config, shapes.CONFIG, path)
+    return config
 
 
 def overrides_of(folder: Path) -> list[str] | None:
@@ -159,5 +213,5 @@ def _old_kind(path: Path, values: Mapping[str, Any]) -> str | None:
 
 def _with_rank(plan: dict[str, Any]) -> dict[str, Any]:
     """A plan whose adapters' rank stands only in `trained`, its caption."""
-    rank = re.search(r"r=(\d+)$", plan.get("trained", ""))
+    rank = re.search(r"r=(\d+)$", str(plan.get("trained")))
     return {"lora_rank": int(rank[1]) if rank else None} | plan

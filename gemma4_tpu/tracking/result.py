@@ -105,4 +105,4 @@ class Result(Totals):
     def read(cls, path: Path) -> Result:
         """Reads a `result.json`; ignores keys of newer versions."""
         known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{key: value for key, value in read_record(path).values.items() if key in known})
+        return cls(**{key: value for key, value in read_record(path, TRAINING).values.items() if key in known})

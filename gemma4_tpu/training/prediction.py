@@ -11,6 +11,8 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import slice_of
 from gemma4_tpu.step.objective_kinds import KINDS, SFT
 from gemma4_tpu.tracking.files import read_json
+from gemma4_tpu.tracking.records import check_shape
+from gemma4_tpu.tracking.typed import POSITIVE, fields, maybe
 from gemma4_tpu.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -21,6 +23,8 @@ _DESCRIBED = (
     "microbatches",
 )  # fmt: skip
 """Values in which a plan and a run must agree."""
+
+_TIMED = fields({"sequence_length": POSITIVE}, {"step_seconds": maybe(POSITIVE)})
 
 
 class Prediction(NamedTuple):
@@ -69,7 +73,7 @@ def _given(place: Path, own: dict[str, Any]) -> Prediction:
     path = place / PLAN if place.is_dir() else place
     plan = _read(path)
     if plan is None:
-        raise UserError(f"trainer.plan={place}: not a readable plan ({path})")
+        raise UserError(f"trainer.plan={place}: not a readable plan ({path}); plan again")
     if differences := _differences(plan, own):
         lines = "".join(f"\n  {key}: planned {plan.get(key)}, this run has {own[key]}" for key in differences)
         raise UserError(f"trainer.plan={place}: a plan of another configuration:{lines}\nplan this one, or set null")
@@ -87,10 +91,11 @@ def _candidates(run_folder: Path, plans: Path) -> Iterator[Path]:
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         plan = read_json(path)
+        check_shape(plan, _TIMED, path)
     except (OSError, ValueError, RecursionError) as error:
         log.debug("%s: %s", path, error)
         return None
-    return plan if isinstance(plan, dict) else None
+    return dict(plan)
 
 
 def _differences(plan: dict[str, Any], own: dict[str, Any]) -> list[str]:

@@ -147,8 +147,8 @@ def differing_parts(recorded: dict[str, Any], now: dict[str, Any]) -> dict[str, 
         parts.setdefault(part, []).append(_told(difference))
     if "tokenizer" in parts and all(line.startswith("examples") for line in parts.get("data", ())):
         parts.pop("data", None)  # the same rows, tokenised differently
-    if "code" in parts and (recorded["code"].get("git_commit") != now["code"].get("git_commit")):
-        commits = [str(record["code"].get("git_commit"))[:12] for record in (recorded, now)]
+    if "code" in parts and (recorded.get("code", {}).get("git_commit") != now["code"].get("git_commit")):
+        commits = [str(record.get("code", {}).get("git_commit"))[:12] for record in (recorded, now)]
         parts["code"].append(f"commit {commits[0]} → {commits[1]}")
     return parts
 

@@ -127,8 +127,16 @@ def evaluation(tmp_path):
     folder = tmp_path / "evaluations" / "one"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("hardware: {name: v6e-4}")
-    problems = {"a": {"n": 100, "passed": 50}, "b": {"n": 100, "passed": 0}}
-    told = {"scores": {}, "benchmark": "verilog_smoke", "name": "run", "problems": problems, "tokens": 100_000}
+    judged = {"n": 100, "official": None, "classes": {}, "truncated": 0}
+    problems = {"a": judged | {"passed": 50}, "b": judged | {"passed": 0}}
+    told = {
+        "scores": {},
+        "benchmark": "verilog_smoke",
+        "name": "run",
+        "settings": {},
+        "problems": problems,
+        "tokens": 100_000,
+    }
     (folder / "result.json").write_text(json.dumps(told | {"generation_seconds": 360}))
     return folder
 
@@ -306,7 +314,8 @@ def test_a_plan_and_a_run_are_held_against_what_they_train(tmp_path):
 
 
 def test_a_plan_that_does_not_fit_costs_nothing(tmp_path, caplog):
-    (tmp_path / "plan.json").write_text(json.dumps({"fits": False}))
+    known = json.loads((EXPERIMENTS / "v6e8_qlora/plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps(known | {"fits": False}))
     assert read([str(tmp_path)]) == Figures()
     assert "skipped, the plan does not fit" in caplog.text
 

@@ -12,6 +12,7 @@ from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.checks import find_command
 from gemma4_tpu.evals.harness import HarnessMetric, HarnessOutcome, HarnessTask, compare_harness, write_documents
+from gemma4_tpu.evals.scores import EvaluationOutcome, ProblemOutcome
 from gemma4_tpu.evaluate import main
 from tests.evals.server import Server
 from tests.fetched import locked
@@ -117,7 +118,9 @@ def test_documents_are_paired_where_both_have_them_else_errors_are_added(tmp_pat
 
 def test_two_kinds_of_evaluation_are_not_compared(tmp_path):
     (tmp_path / "x").mkdir()
-    (tmp_path / "x/result.json").write_text('{"kind": "evaluation", "version": 1, "scores": {}}')
+    problem = ProblemOutcome(n=1, passed=1, official=None, classes={"pass": 1}, truncated=0)
+    outcome = EvaluationOutcome(name="run", benchmark="verilog_smoke", settings={}, problems={"p": problem})
+    outcome.write(tmp_path / "x/result.json")
     with pytest.raises(UserError, match="not the result of a finished eval=lm_eval"):
         compare_harness(leave(tmp_path / "a", [1.0]), tmp_path / "x")
 

@@ -12,7 +12,7 @@ from gemma4_tpu.tracking.metrics import MetricsFile, read_metrics
 def write(path, updates, after_update=None):
     metrics = MetricsFile(path, after_update=after_update)
     for update in updates:
-        metrics.log({"loss": 0.5 * update, "x": "é"}, update)
+        metrics.log({"loss": 0.5 * update, "é": 1}, update)
         if update % 2 == 0:
             metrics.log({"heldout": update}, update)
     metrics.close()
