@@ -106,6 +106,8 @@ def _lora(config: dict[str, Any]) -> LoraConfig:
 def _run(result: dict[str, Any], path: Path) -> Training:
     config = _config(path)
     hardware = config.get("hardware", {})
+    if "seconds" not in result:
+        raise UserError(f"{path}: the run {result['status']} before it trained, so it has no cost; name another run")
     if result.get("status") not in (None, "finished"):
         log.warning("%s: %s; its cost covers what it did until then", path, result["status"])
     data = read_record(path / "data.json").values if (path / "data.json").is_file() else {}

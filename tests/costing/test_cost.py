@@ -301,6 +301,12 @@ def test_a_damaged_record_is_named(request, record, file, content, message):
         read([str(folder)])
 
 
+def test_a_run_that_failed_before_it_trained_has_no_cost(run):
+    (run / "result.json").write_text('{"kind": "training", "version": 1, "status": "failed", "error": "no rows"}')
+    with pytest.raises(UserError, match="one: the run failed before it trained"):
+        read([str(run)])
+
+
 def test_a_plan_and_a_run_are_held_against_what_they_train(tmp_path):
     """Fewer layers and whole modules beside them: another ceiling than that of adapters everywhere."""
     known = json.loads((EXPERIMENTS / "plans/results/gemma4_31b_v5p8_lora_fsdp1_tp4.json").read_text())
