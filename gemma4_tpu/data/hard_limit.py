@@ -4,7 +4,7 @@ A chat template can compare lists that contain each other 2^60 times; a tokenize
 its rules can multiply a text. The alarm of `timeout.py` takes effect between Python's bytecodes, so it never comes.
 A small process (`overseer.py`) watches instead: it prints one message and ends this process with exit code 2.
 
-A piece of work costs a few microseconds: it is announced in shared memory.
+A piece of work costs microseconds, since shared memory announces it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from gemma4_tpu import scratch
@@ -31,7 +32,7 @@ SECONDS = 30.0
 """For a piece of work of no particular size; the limits that drop a row (`timeout.py`) are lower."""
 BYTES = 2 * 2**30
 """In addition to what the process holds when the piece begins, as `timeout.ROW_GIB`."""
-_SHOWN = 1000  # characters of who does the work, and of what would help
+_SHOWN = 500  # last characters of a file, and of who does the work
 _SIGEV_THREAD = 2  # <bits/sigevent-consts.h>
 _MAIN = 0  # the main thread's slot: an exception from a signal can leave it occupied, and the next piece takes it over
 
@@ -125,11 +126,17 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
+@lru_cache
+def _shown(text: str) -> str:
+    """Without secrets, and short enough to leave room for the rest; blanking costs more than a row does."""
+    return redact(text)[-_SHOWN:]
+
+
 @contextmanager
-def at(place: str) -> Iterator[None]:
-    """Names the row (or rows) that this thread works on, for the message."""
+def at(file: str, rows: str) -> Iterator[None]:
+    """Names the row (or rows) of a file that this thread works on, for the message."""
     before = getattr(_here, "place", "")
-    _here.place = place
+    _here.place = f"{_shown(file)}:{rows}: "
     try:
         yield
     finally:
@@ -154,8 +161,7 @@ def hard_limit(who: str, remedy: str, *, seconds: float, most_bytes: int) -> Ite
         yield
         return
     place = getattr(_here, "place", "")
-    who = redact(f"{place}: {who}" if place else who)[:_SHOWN]
-    text = "\0".join([who, remedy[:_SHOWN], *scratch.made()]).encode("utf-8", "replace")
+    text = "\0".join([f"{place}{_shown(who)}", remedy, *scratch.made()]).encode("utf-8", "replace")
     start, counters = overseer.record_start(slot), watched.counters
     text = text[: overseer.RECORD_BYTES - overseer.RECORD.size]
     counters[slot] += counters[slot] % 2  # the record changes while the slot is free

@@ -215,12 +215,21 @@ def _examples(chat: ChatFormat, taken: list[_Taken]) -> list[list[Example] | Row
     rendered: list[Rendering | RowDropped] = []
     for row in taken:
         sides = list(row.said.sides.values()) if isinstance(row.said, Pair) else [row.said]
-        with at(str(row.origin)):
+        with at(row.origin.file, str(row.origin.row)):
             rendered += [_rendered(chat, conversation) for conversation in sides]
-    with at(f"{taken[0].origin} to {taken[-1].origin}" if taken else ""):
-        proven = iter(chat.examples([made for made in rendered if isinstance(made, Rendering)]))
+    texts = [made for made in rendered if isinstance(made, Rendering)]
+    with at(*_span(taken)):
+        proven = iter(chat.examples(texts))
     made = iter([one if isinstance(one, RowDropped) else next(proven) for one in rendered])
     return [_pair({name: next(made) for name in one.sides}) if isinstance(one, Pair) else next(made) for one in said]
+
+
+def _span(taken: list[_Taken]) -> tuple[str, str]:
+    """The file of the first row, and which rows are read together."""
+    if not taken:
+        return "", ""
+    first, last = taken[0].origin, taken[-1].origin
+    return first.file, f"{first.row} to {last.row if last.file == first.file else last}"
 
 
 def _pair(sides: dict[str, list[Example] | RowDropped]) -> list[Example] | RowDropped:

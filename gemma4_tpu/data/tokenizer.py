@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gemma4_tpu import assets
+from gemma4_tpu.data import markup
 from gemma4_tpu.data.hard_limit import BYTES, SECONDS, hard_limit
 from gemma4_tpu.errors import UserError, first_line
 from gemma4_tpu.new_tokens import places, rewritten
@@ -29,8 +32,8 @@ LOAD_SECONDS = 300.0
 """A real one takes a few seconds."""
 LOAD_BYTES = 8 * 2**30
 _REMEDY = "use the original checkpoint's tokenizer (model.tokenizer=<folder>)"
-_CHARACTERS_PER_SECOND = 50_000  # a twelfth of one busy core's; see the test
-_BYTES_PER_CHARACTER = 512  # twice what encodings take
+_CHARACTERS_PER_SECOND = 50_000  # of ordinary text, a busy core encodes 600,000
+_BYTES_PER_CHARACTER = 512  # of ordinary text, encodings take about 220
 _PART_CHARACTERS = 4 * 2**20
 
 
@@ -56,6 +59,8 @@ def load_tokenizer(folder: str, new_tokens: Sequence[str] = ()) -> Any:
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: the tokenizer cannot be loaded ({error})") from error
     tokenizer.name_or_path = folder  # not a temporary one
+    kind = type(tokenizer)
+    tokenizer.__class__ = type(kind.__name__, (_Limited, kind), {})
     if not tokenizer.chat_template:
         raise UserError(
             f"{folder}: the tokenizer has no chat template; use an instruction-tuned checkpoint's tokenizer "
@@ -64,9 +69,23 @@ def load_tokenizer(folder: str, new_tokens: Sequence[str] = ()) -> Any:
     return tokenizer
 
 
+class _Limited:
+    """What a loaded tokenizer is in addition to its own class: `tokenizer(text)` and `decode` are limited."""
+
+    def _encode_plus(self, text: Any, *args: Any, **options: Any) -> Any:
+        with tokenizer_limit(self, sum(map(len, markup.strings(text)))):
+            return super()._encode_plus(text, *args, **options)  # type: ignore[misc]
+
+    def _decode(self, token_ids: Any, *args: Any, **options: Any) -> str:
+        with tokenizer_limit(self, np.size(token_ids)):
+            return super()._decode(token_ids, *args, **options)  # type: ignore[misc]
+
+
 @contextmanager
 def tokenizer_limit(tokenizer: Any, characters: int) -> Iterator[None]:
     """Ends the process if the tokenizer takes far longer, or far more memory, for a text than it should.
+
+    `characters`: the text's, or the number of tokens to decode.
 
     Raises:
       UserError: the tokenizer fails: its patterns backtrack too often, for instance.
