@@ -133,10 +133,10 @@ def _shown(text: str) -> str:
 
 
 @contextmanager
-def at(file: str, rows: str) -> Iterator[None]:
-    """Names the row (or rows) of a file that this thread works on, for the message."""
+def at(file: str, rows: str = "") -> Iterator[None]:
+    """Names the row (or rows) of a file, or a problem, that this thread works on, for the message."""
     before = getattr(_here, "place", "")
-    _here.place = f"{_shown(file)}:{rows}: "
+    _here.place = f"{_shown(file)}:{rows}: " if rows else f"{_shown(file)}: "
     try:
         yield
     finally:
