@@ -36,7 +36,7 @@ TEMPLATES = {
 }
 ENDLESS = ("comparison", "hash", "json")
 """Nothing interrupts these."""
-QUICK = ("comparison", "sort")
+QUICK = ("comparison", "json")
 SLOW, FAILING = "(?:a|a){1,22}(?<!a)", "(?:a|a)+(?<!a)"
 """Backtrack 4 million times from each place, and more often than the library permits in one place."""
 SOFT, HARD = 0.5, 1.5  # seconds
