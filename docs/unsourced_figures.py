@@ -26,6 +26,8 @@ NEED_NONE = {
     ("benchmarking", "its figure is between the true p98.4 and p99.6"): "arithmetic: the binomial law",
     ("benchmarking", "holds the search to within 5% of the capacity"): "the tolerance of the test that it names",
     ("data", "the line is longer than 16 MiB"): "a limit that the code sets",
+    ("data", "A row has 10 s, its rendering 2 GiB of memory"): "limits that the code sets",
+    ("data", "more than 2 GiB and 512 bytes per character"): "the same",
     ("evaluation", "(, in seconds or as a date, at most 300 s)"): "a limit that the code sets",
     ("evaluation", "*Interval over problems*: 95%"): "a definition",
     ("experts", "238 M at rank 8, which with gradient and moments take 3.81 GB"): "arithmetic: 238 M × 16 bytes",

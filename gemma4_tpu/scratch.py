@@ -40,8 +40,13 @@ def scratch_folder() -> Iterator[Path]:
         remove_folder(folder)
 
 
+def made() -> list[str]:
+    """The folders that this process has made and not removed."""
+    return [str(folder) for folder, pid in list(_made.items()) if pid == os.getpid()] if _made else []
+
+
 @atexit.register
 def remove_all() -> None:
     """Those that this process has made and not removed."""
-    for folder in [folder for folder, pid in _made.items() if pid == os.getpid()]:
-        remove_folder(folder)
+    for folder in made():
+        remove_folder(Path(folder))

@@ -24,9 +24,11 @@ import numpy as np
 from gemma4_tpu.data import markup
 from gemma4_tpu.data.drops import RowDropped, unreadable
 from gemma4_tpu.data.forms import Conversation
+from gemma4_tpu.data.hard_limit import BYTES, SECONDS, hard_limit
 from gemma4_tpu.data.pictures import Picture, pictures_of
 from gemma4_tpu.data.proof import Prover, Span
 from gemma4_tpu.data.timeout import memory_limit, row_limit
+from gemma4_tpu.data.tokenizer import limited_parts, tokenizer_limit
 from gemma4_tpu.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -112,6 +114,7 @@ class ChatFormat:
                 f"the tokenizer has no {' and '.join(missing) or 'BOS token'}: it is not a Gemma 4 tokenizer"
             )
         self._tokenizer = tokenizer
+        self._template = f"the chat template of {tokenizer.name_or_path}", "use the original checkpoint's template"
         self._keep_thoughts = thoughts == "train"
         self._train_on = train_on
         control = markup.control_tokens(tokenizer)
@@ -164,7 +167,10 @@ class ChatFormat:
         backend = self._tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
-        encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+        encoded = []
+        for part in limited_parts(texts):
+            with tokenizer_limit(self._tokenizer, sum(map(len, part))):
+                encoded += backend.encode_batch_fast(part, add_special_tokens=False)
         return [np.array(piece.ids, np.int32) for piece in encoded]
 
     def examples(self, renderings: list[Rendering]) -> list[list[Example] | RowDropped]:
@@ -299,7 +305,8 @@ class ChatFormat:
 
     def _apply(self, messages: list[Message], tools: list[Any] | None, **options: Any) -> str:
         try:
-            with row_limit(), memory_limit():  # wherever it is rendered: a template comes with a checkpoint
+            # Wherever it is rendered: a template comes with a checkpoint.
+            with hard_limit(*self._template, seconds=SECONDS, most_bytes=BYTES), row_limit(), memory_limit():
                 text = self._tokenizer.apply_chat_template(
                     messages, tools=tools or None, tokenize=False, enable_thinking=self._keep_thoughts, **options
                 )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.data.drops import RowDropped
+from gemma4_tpu.data.hard_limit import release
 
 ROW_SECONDS = 10.0
 ROW_GIB = 2
@@ -27,7 +28,8 @@ class _Expired(BaseException):
 def row_limit() -> Iterator[None]:
     """Interrupts what takes longer than `ROW_SECONDS`, by the alarm signal, which also interrupts regular expressions.
 
-    Only Python's main thread receives signals; rows are read there. In other threads there is no limit.
+    Only Python's main thread receives signals; rows are read there. In other threads there is no limit. What no signal
+    interrupts is the matter of `hard_limit.py`.
 
     Raises:
       RowDropped: `too_slow`.
@@ -52,6 +54,7 @@ def row_limit() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         signal.setitimer(signal.ITIMER_REAL, *others)
+        release()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from gemma4_tpu.data.aside import Identity, identity
 from gemma4_tpu.data.chat import ChatFormat, Example, Rendering
 from gemma4_tpu.data.drops import DropReport, Origin, RowDropped, unreadable
 from gemma4_tpu.data.forms import CONVERSATIONS, Conversation, Pair, Said
+from gemma4_tpu.data.hard_limit import at
 from gemma4_tpu.data.normalise import Normalised, Normaliser
 from gemma4_tpu.data.pictures import Picture, PictureReader
 from gemma4_tpu.data.readers import RawRow
@@ -155,7 +156,7 @@ class Tokeniser:
         return None
 
     def _tokenise(self, taken: list[_Taken]) -> Iterator[TokenisedRow]:
-        for row, examples in zip(taken, _examples(self._chat, [row.said for row in taken]), strict=True):
+        for row, examples in zip(taken, _examples(self._chat, taken), strict=True):
             if isinstance(examples, RowDropped):
                 self.report.drop(examples, row.origin)
                 continue
@@ -208,13 +209,27 @@ def _by_weight(each: list[Iterator[RawRow]], weights: list[float], limit: int) -
         yield number, row
 
 
-def _examples(chat: ChatFormat, said: list[Said]) -> list[list[Example] | RowDropped]:
+def _examples(chat: ChatFormat, taken: list[_Taken]) -> list[list[Example] | RowDropped]:
     """The verified examples of each row, or the reason for dropping it."""
-    sides = [list(one.sides.values()) if isinstance(one, Pair) else [one] for one in said]
-    rendered = [_rendered(chat, conversation) for row in sides for conversation in row]
-    proven = iter(chat.examples([made for made in rendered if isinstance(made, Rendering)]))
+    said = [row.said for row in taken]
+    rendered: list[Rendering | RowDropped] = []
+    for row in taken:
+        sides = list(row.said.sides.values()) if isinstance(row.said, Pair) else [row.said]
+        with at(row.origin.file, str(row.origin.row)):
+            rendered += [_rendered(chat, conversation) for conversation in sides]
+    texts = [made for made in rendered if isinstance(made, Rendering)]
+    with at(*_span(taken)):
+        proven = iter(chat.examples(texts))
     made = iter([one if isinstance(one, RowDropped) else next(proven) for one in rendered])
     return [_pair({name: next(made) for name in one.sides}) if isinstance(one, Pair) else next(made) for one in said]
+
+
+def _span(taken: list[_Taken]) -> tuple[str, str]:
+    """The file of the first row, and which rows are read together."""
+    if not taken:
+        return "", ""
+    first, last = taken[0].origin, taken[-1].origin
+    return first.file, f"{first.row} to {last.row if last.file == first.file else last}"
 
 
 def _pair(sides: dict[str, list[Example] | RowDropped]) -> list[Example] | RowDropped:

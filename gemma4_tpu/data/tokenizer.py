@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gemma4_tpu import assets
-from gemma4_tpu.errors import UserError
+from gemma4_tpu.data import markup
+from gemma4_tpu.data.hard_limit import BYTES, SECONDS, hard_limit
+from gemma4_tpu.errors import UserError, first_line
 from gemma4_tpu.new_tokens import places, rewritten
 from gemma4_tpu.scratch import scratch_folder
 from gemma4_tpu.storage import is_remote, join, list_folder, open_bytes
@@ -22,6 +27,14 @@ FILES = (
     "chat_template.jinja",
     "config.json",
 )
+
+LOAD_SECONDS = 300.0
+"""A real one takes a few seconds."""
+LOAD_BYTES = 8 * 2**30
+_REMEDY = "use the original checkpoint's tokenizer (model.tokenizer=<folder>)"
+_CHARACTERS_PER_SECOND = 50_000  # of ordinary text, a busy core encodes 600,000
+_BYTES_PER_CHARACTER = 512  # of ordinary text, encodings take about 220
+_PART_CHARACTERS = 4 * 2**20
 
 
 def load_tokenizer(folder: str, new_tokens: Sequence[str] = ()) -> Any:
@@ -41,15 +54,65 @@ def load_tokenizer(folder: str, new_tokens: Sequence[str] = ()) -> Any:
         if not (Path(path) / "tokenizer.json").is_file():
             raise UserError(f"{folder}: there is no tokenizer.json; set model.tokenizer to a folder that has one")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            with hard_limit(f"loading the tokenizer of {folder}", _REMEDY, seconds=LOAD_SECONDS, most_bytes=LOAD_BYTES):
+                tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: the tokenizer cannot be loaded ({error})") from error
+    tokenizer.name_or_path = folder  # not a temporary one
+    kind = type(tokenizer)
+    tokenizer.__class__ = type(kind.__name__, (_Limited, kind), {})
     if not tokenizer.chat_template:
         raise UserError(
             f"{folder}: the tokenizer has no chat template; use an instruction-tuned checkpoint's tokenizer "
             "(model.tokenizer=…), or put a chat_template.jinja next to it"
         )
     return tokenizer
+
+
+class _Limited:
+    """What a loaded tokenizer is in addition to its own class: `tokenizer(text)` and `decode` are limited."""
+
+    def _encode_plus(self, text: Any, *args: Any, **options: Any) -> Any:
+        with tokenizer_limit(self, sum(map(len, markup.strings(text)))):
+            return super()._encode_plus(text, *args, **options)  # type: ignore[misc]
+
+    def _decode(self, token_ids: Any, *args: Any, **options: Any) -> str:
+        with tokenizer_limit(self, np.size(token_ids)):
+            return super()._decode(token_ids, *args, **options)  # type: ignore[misc]
+
+
+@contextmanager
+def tokenizer_limit(tokenizer: Any, characters: int) -> Iterator[None]:
+    """Ends the process if the tokenizer takes far longer, or far more memory, for a text than it should.
+
+    `characters`: the text's, or the number of tokens to decode.
+
+    Raises:
+      UserError: the tokenizer fails: its patterns backtrack too often, for instance.
+    """
+    who = f"the tokenizer of {tokenizer.name_or_path}"
+    seconds, most = SECONDS + characters / _CHARACTERS_PER_SECOND, BYTES + characters * _BYTES_PER_CHARACTER
+    try:
+        with hard_limit(who, _REMEDY, seconds=seconds, most_bytes=most):
+            yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, and not an Exception
+            raise
+        raise UserError(f"{who} fails ({first_line(error)}); {_REMEDY}") from None
+
+
+def limited_parts(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Consecutive texts, few enough that their limit is a matter of minutes; a long text is a part of its own."""
+    part: list[str] = []
+    characters = 0
+    for text in texts:
+        if part and characters + len(text) > _PART_CHARACTERS:
+            yield part
+            part, characters = [], 0
+        part.append(text)
+        characters += len(text)
+    if part:
+        yield part
 
 
 def _fetch(folder: str, target: Path, renamed: dict[str, str]) -> None:

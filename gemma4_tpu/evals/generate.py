@@ -19,6 +19,7 @@ import numpy as np
 from gemma4_tpu.checkpoint_folder import GENERATION_NAME
 from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.data.chat import ChatFormat, Message
+from gemma4_tpu.data.hard_limit import at
 from gemma4_tpu.data.markup import TURN_END, pictures_in_words, without_thoughts
 from gemma4_tpu.data.picture_cache import Shown
 from gemma4_tpu.data.pictures import pictures_of
@@ -278,7 +279,8 @@ def _keys(requests: Sequence[SampleRequest]) -> list[list[str]]:
 def rendered(chat: ChatFormat, request: SampleRequest) -> str:
     """The prompt of a request. Raises: UserError: it can't be rendered; names the problem."""
     try:
-        return chat.render_prompt(list(request.messages), list(request.tools) if request.tools else None)
+        with at(f"problem {request.problem}"):
+            return chat.render_prompt(list(request.messages), list(request.tools) if request.tools else None)
     except UserError as refusal:
         raise UserError(f"problem {request.problem}: {refusal}") from None
 

@@ -1,0 +1,183 @@
+"""Limits for what nothing in this process can interrupt: one endless operation in C or Rust, which can hold the GIL.
+
+A chat template can compare lists that contain each other 2^60 times; a tokenizer's patterns can backtrack for hours,
+its rules can multiply a text. The alarm of `timeout.py` takes effect between Python's bytecodes, so it never comes.
+A small process (`overseer.py`) watches instead: it prints one message and ends this process with exit code 2.
+
+A piece of work costs microseconds, since shared memory announces it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+from gemma4_tpu import scratch
+from gemma4_tpu.data import overseer
+from gemma4_tpu.errors import REFUSED
+from gemma4_tpu.redact import redact
+
+SECONDS = 30.0
+"""For a piece of work of no particular size; the limits that drop a row (`timeout.py`) are lower."""
+BYTES = 2 * 2**30
+"""In addition to what the process holds when the piece begins, as `timeout.ROW_GIB`."""
+_SHOWN = 500  # last characters of a file, and of who does the work
+_SIGEV_THREAD = 2  # <bits/sigevent-consts.h>
+_MAIN = 0  # the main thread's slot: an exception from a signal can leave it occupied, and the next piece takes it over
+
+_here = threading.local()
+_watched: _Watched | None = None
+_starting = threading.Lock()
+
+
+class _Watched:
+    """The overseer, and what is shared with it."""
+
+    def __init__(self) -> None:
+        with tempfile.TemporaryFile() as file:  # has no name on disk
+            file.truncate(overseer.FILE_BYTES)
+            self.shared = mmap.mmap(file.fileno(), overseer.FILE_BYTES)
+            reader, writer = os.pipe()  # stays open here: an overseer that is killed ends nothing
+            self._ends = _exit_when_readable(reader)
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", overseer.__file__, str(file.fileno()), str(writer), str(os.getpid())],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=(file.fileno(), writer),
+            )  # fmt: skip
+        self.counters = memoryview(self.shared)[: overseer.COUNTERS.size].cast("Q")
+        self.free = deque(range(_MAIN + 1, overseer.SLOTS))
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+class _Event(ctypes.Structure):
+    """`struct sigevent`, 64 bytes."""
+
+    _fields_ = (
+        ("value", ctypes.c_void_p), ("number", ctypes.c_int), ("notify", ctypes.c_int),
+        ("function", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("rest", ctypes.c_char * 32),
+    )  # fmt: skip
+
+
+class _Control(ctypes.Structure):
+    """`struct aiocb`: what users set, and room for the rest."""
+
+    _fields_ = (
+        ("file", ctypes.c_int), ("operation", ctypes.c_int), ("priority", ctypes.c_int),
+        ("buffer", ctypes.c_void_p), ("bytes", ctypes.c_size_t), ("event", _Event), ("rest", ctypes.c_char * 128),
+    )  # fmt: skip
+
+
+def _exit_when_readable(reader: int) -> Any:
+    """Lets the C library, which needs no GIL, call `_exit(2)` once the pipe has a byte; returns what must stay alive.
+
+    Where that is impossible, the overseer kills this process instead, and the exit code says so.
+    """
+    if sys.platform != "linux":
+        return None
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        buffer = ctypes.create_string_buffer(1)
+        end = ctypes.cast(library._exit, ctypes.c_void_p).value
+        control = _Control(
+            file=reader, buffer=ctypes.addressof(buffer), bytes=1,
+            event=_Event(value=REFUSED, notify=_SIGEV_THREAD, function=end),
+        )  # fmt: skip
+        library.aio_read(ctypes.byref(control))
+    except (AttributeError, OSError):
+        return None
+    return control, buffer
+
+
+def _start() -> _Watched:
+    global _watched
+    with _starting:
+        if _watched is None:
+            _watched = _Watched()
+        return _watched
+
+
+@atexit.register
+def _close() -> None:
+    global _watched
+    if _watched is not None:
+        _watched.close()
+        _watched = None
+
+
+def _forget() -> None:
+    """In a forked child, which has an overseer of its own once it needs one."""
+    global _watched, _starting
+    _watched, _starting = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+@lru_cache
+def _shown(text: str) -> str:
+    """Without secrets, and short enough to leave room for the rest; blanking costs more than a row does."""
+    return redact(text)[-_SHOWN:]
+
+
+@contextmanager
+def at(file: str, rows: str = "") -> Iterator[None]:
+    """Names the row (or rows) of a file, or a problem, that this thread works on, for the message."""
+    before = getattr(_here, "place", "")
+    _here.place = f"{_shown(file)}:{rows}: " if rows else f"{_shown(file)}: "
+    try:
+        yield
+    finally:
+        _here.place = before
+
+
+@contextmanager
+def hard_limit(who: str, remedy: str, *, seconds: float, most_bytes: int) -> Iterator[None]:
+    """Ends this process if what is inside takes too long or too much memory; works in any thread, but does not nest.
+
+    Args:
+      who: whose work it is, such as `the chat template of <folder>`.
+      remedy: what would help, for the end of the message.
+      seconds: limit in which both processes could run.
+      most_bytes: limit of the memory that the process takes in addition, on Linux.
+    """
+    watched = _watched or _start()
+    is_main = threading.current_thread() is threading.main_thread()
+    try:
+        slot = _MAIN if is_main else watched.free.pop()
+    except IndexError:  # more threads at a time than anything of ours starts
+        yield
+        return
+    place = getattr(_here, "place", "")
+    text = "\0".join([f"{place}{_shown(who)}", remedy, *scratch.made()]).encode("utf-8", "replace")
+    start, counters = overseer.record_start(slot), watched.counters
+    text = text[: overseer.RECORD_BYTES - overseer.RECORD.size]
+    counters[slot] += counters[slot] % 2  # the record changes while the slot is free
+    overseer.RECORD.pack_into(watched.shared, start, seconds, most_bytes, len(text))
+    start += overseer.RECORD.size
+    watched.shared[start : start + len(text)] = text
+    counters[slot] += 1
+    try:
+        yield
+    finally:
+        counters[slot] += counters[slot] % 2
+        if not is_main:
+            watched.free.append(slot)
+
+
+def release() -> None:
+    """Frees the main thread's slot, after an exception from a signal that could have arrived anywhere."""
+    if _watched is not None and threading.current_thread() is threading.main_thread():
+        _watched.counters[_MAIN] += _watched.counters[_MAIN] % 2

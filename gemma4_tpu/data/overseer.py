@@ -1,0 +1,94 @@
+"""The process that ends its parent when a piece of third-party work takes too long, or too much memory.
+
+`hard_limit.py` starts it by its path, and both map one file: `SLOTS` counters, then one record for each. A counter is
+odd while its piece of work is in progress. Only the standard library is imported, so that it starts in milliseconds.
+"""
+
+import mmap
+import os
+import shutil
+import signal
+import struct
+import sys
+import time
+from contextlib import suppress
+
+SLOTS = 32
+COUNTERS = struct.Struct(f"={SLOTS}Q")
+RECORD = struct.Struct("=dQH")
+"""Seconds, bytes and the length of the text that follows: who does the work, what would help, folders to remove."""
+RECORD_BYTES = 4096
+FILE_BYTES = COUNTERS.size + SLOTS * RECORD_BYTES
+_POLL_SECONDS = 0.1
+_COUNTED_SECONDS = 0.5  # at most, per poll: time in which both processes were stopped (Ctrl-Z) does not count
+_LEAVE_SECONDS = 5.0
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def record_start(slot: int) -> int:
+    """Where a slot's record starts, in bytes."""
+    return COUNTERS.size + slot * RECORD_BYTES
+
+
+def _resident_bytes(process: int) -> int:
+    try:
+        with open(f"/proc/{process}/statm", "rb") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except (OSError, IndexError):  # it has ended, or this is not Linux
+        return 0
+
+
+def _oversee(shared: mmap.mmap, ending: int, parent: int) -> None:
+    """Ends with the parent, however that ends; `ending` is the pipe on which the parent's exit is requested."""
+    since: dict[int, tuple[int, float, int]] = {}  # slot → its count, the time counted, memory at the start
+    before = time.monotonic()
+    while os.getppid() == parent:
+        time.sleep(_POLL_SECONDS)
+        now = time.monotonic()
+        passed, before = min(now - before, _COUNTED_SECONDS), now
+        for slot, count in enumerate(COUNTERS.unpack_from(shared)):
+            if not count % 2:
+                since.pop(slot, None)
+                continue
+            resident = _resident_bytes(parent)
+            seen, seconds, started_with = since.get(slot, (0, 0.0, 0))
+            if seen != count:
+                since[slot] = (count, 0.0, resident)
+                continue
+            since[slot] = (count, seconds + passed, started_with)
+            most_seconds, most_bytes, length = RECORD.unpack_from(shared, record_start(slot))
+            problem = (
+                f"more than {most_seconds:g} s, and cannot be interrupted" if seconds + passed > most_seconds
+                else f"more than {most_bytes / 2**30:.1f} GiB of memory" if resident - started_with > most_bytes
+                else ""
+            )  # fmt: skip
+            start = record_start(slot) + RECORD.size
+            text = bytes(shared[start : start + length])
+            if problem and COUNTERS.unpack_from(shared)[slot] == count:
+                _end(text, problem, ending, parent)
+                return
+
+
+def _end(text: bytes, problem: str, ending: int, parent: int) -> None:
+    who, remedy, *folders = text.decode("utf-8", "replace").split("\0")
+    with suppress(OSError):  # nobody reads it
+        os.write(2, f"error: {who} takes {problem}; {remedy}\n".encode())
+    for folder in filter(None, folders):
+        shutil.rmtree(folder, ignore_errors=True)
+    os.write(ending, b"x")
+    until = time.monotonic() + _LEAVE_SECONDS
+    while os.getppid() == parent:
+        if time.monotonic() > until:  # where no thread of it waits for the pipe
+            os.kill(parent, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _main() -> None:
+    for number in _IGNORED:  # they are meant for the parent, with which this process ends
+        signal.signal(number, signal.SIG_IGN)
+    file, ending, parent = map(int, sys.argv[1:])
+    _oversee(mmap.mmap(file, FILE_BYTES), ending, parent)
+
+
+if __name__ == "__main__":
+    _main()

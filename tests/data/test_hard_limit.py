@@ -1,0 +1,237 @@
+"""What nothing in a process can interrupt ends it with one message, and leaves neither processes nor files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from gemma4_tpu.assets import ROOT
+from gemma4_tpu.data import hard_limit as limits
+from gemma4_tpu.data import overseer
+from gemma4_tpu.data.chat import ChatFormat
+from gemma4_tpu.data.tokenizer import limited_parts, load_tokenizer
+from gemma4_tpu.errors import REFUSED, UserError
+from tests.data.conftest import chat_row
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+NESTED = "{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}"
+LISTS = "{% set ns = namespace(a=[], b=[]) %}" + NESTED
+TEMPLATES = {
+    "comparison": LISTS + "{{ ns.a == ns.b }}",
+    "hash": "{% set ns = namespace(a=()) %}{% for i in range(60) %}{% set ns.a = (ns.a, ns.a) %}{% endfor %}"
+    "{{ {ns.a: 1} }}",
+    "json": LISTS + "{{ ns.a | tojson }}",
+    "constant": "{% if 9**(9**9) %}{% endif %}",
+    "search": "{% set x = 'a' * 200000000 %}{{ (('a' * 1000000) ~ 'b' ~ ('a' * 1000000)) in x }}",
+    "sort": "{{ ((range(99999) | list) * 1500) | sort | length }}",
+    "regular expression": "{{ ('<' ~ ' a' * 50000) | striptags | length }}{{ ('a' * 100000000) | wordwrap(1) }}",
+    "width": "{{ '%1999999999d' % 1 }}{{ 'x'.center(1999999999) }}",
+    "text": "{{ ('a' * 50000).replace('a', 'b' * 90000) }}",
+}
+ENDLESS = ("comparison", "hash", "json")
+"""Nothing interrupts these."""
+QUICK = ("comparison", "json")
+SLOW, FAILING = "(?:a|a){1,22}(?<!a)", "(?:a|a)+(?<!a)"
+"""Backtrack 4 million times from each place, and more often than the library permits in one place."""
+SOFT, HARD = 0.5, 1.5  # seconds
+RUN = f"""
+import sys
+from gemma4_tpu.data import chat, timeout, tokenizer
+timeout.ROW_SECONDS, chat.SECONDS, tokenizer.SECONDS = {SOFT}, {HARD}, {HARD}
+tokenizer.BYTES = 2**30
+from gemma4_tpu import evaluate, train
+sys.exit({{"train": train, "evaluate": evaluate}}[sys.argv[1]].main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Makes the tiny checkpoint hostile: what its template does to the word `go`, or what its tokenizer does first."""
+
+    def make(*, template="", normalizers=(), splits=""):
+        folder = tmp_path / "downloaded"
+        shutil.copytree(ROOT / "tiny", folder, ignore=shutil.ignore_patterns("__*"))
+        if template:
+            path = folder / "chat_template.jinja"
+            path.write_text("{% if 'go' in messages[0].content %}" + template + "{% endif %}" + path.read_text())
+        path = folder / "tokenizer.json"
+        tokenizer = json.loads(path.read_text())
+        if normalizers:
+            tokenizer["normalizer"] = {"type": "Sequence", "normalizers": list(normalizers)}
+        if splits:
+            split = {"type": "Split", "pattern": {"Regex": splits}, "behavior": "Isolated", "invert": False}
+            tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, tokenizer["pre_tokenizer"]]}
+        path.write_text(json.dumps(tokenizer))
+        return folder
+
+    return make
+
+
+def replaced(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def run(command, *words, cwd):
+    temporary = cwd / "temporary"
+    temporary.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, command, *words],
+        cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )  # fmt: skip
+    try:
+        done = subprocess.CompletedProcess(process.args, 0, *process.communicate(timeout=120))
+    finally:
+        process.kill()
+    done.returncode = process.returncode
+    print(done.stderr)
+    time.sleep(0.5)  # the overseer's last argument is its parent
+    assert [
+        one for one in psutil.process_iter(["cmdline"]) if (one.info["cmdline"] or [""])[-1] == str(process.pid)
+    ] == []
+    assert [one.name for one in temporary.iterdir() if one.name.startswith("gemma4")] == []
+    return done
+
+
+def preview(folder, path, cwd, *words):
+    return run(
+        "train", "preview=true", "data=chat_jsonl", f"data.train.0.path={path}", f"model.tokenizer={folder}",
+        "data.sequence_length=2048", *words, cwd=cwd,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in QUICK else [pytest.mark.slow]) for kind in TEMPLATES]
+)
+def test_a_template_that_cannot_be_interrupted_ends_in_one_message(kind, checkpoint, write_jsonl, tmp_path):
+    folder = checkpoint(template=TEMPLATES[kind])
+    path = write_jsonl([*[chat_row(f"add {i}", "5") for i in range(6)], chat_row("go", "5")])
+    done = preview(folder, path, tmp_path, "data.max_drop_fraction=0")
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in done.stderr
+    if not told:  # the alarm could interrupt it, or memory came to its end: the row is dropped
+        assert kind not in ENDLESS and done.returncode == 0
+        assert "dropped: 1 (14.3%)" in done.stdout and f"{path}:7 (more than" in done.stdout
+    elif kind in ENDLESS:
+        whose = f"the chat template of {folder} takes more than {HARD:g} s, and cannot be interrupted; use the original"
+        assert done.returncode == REFUSED and told == [f"error: {path}:7: {whose} checkpoint's template"]
+    else:  # in an expression of constants, which jinja computes before the first row
+        assert done.returncode == REFUSED and len(told) == 1
+        assert "cannot render a single question (too_" in told[0] or "the chat template of" in told[0]
+
+
+def test_a_tokenizer_that_backtracks_for_hours_ends_in_one_message(checkpoint, write_jsonl, tmp_path):
+    folder = checkpoint(splits=SLOW)
+    path = write_jsonl([chat_row("add", "5"), chat_row("a" * 1000, "5")])
+    done = preview(folder, path, tmp_path)
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == REFUSED and len(told) == 1
+    assert told[0].startswith(f"error: {path}:1 to 2: the tokenizer of {folder} takes more than 1.5")
+    assert "model.tokenizer=<folder>" in told[0]
+
+
+def test_a_tokenizer_that_multiplies_a_text_ends_in_one_message(checkpoint, write_jsonl, tmp_path):
+    grow = [replaced({"String": "a"}, "a" * 100) for _ in range(5)]
+    folder = checkpoint(normalizers=grow)
+    done = preview(folder, write_jsonl([chat_row("go aaa", "5")] * 2), tmp_path)
+    assert done.returncode == REFUSED
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"the tokenizer of {folder} takes more than" in told
+
+
+def test_a_tokenizer_whose_library_gives_up_is_refused(checkpoint):
+    folder = checkpoint(normalizers=[replaced({"Regex": FAILING}, "b")])
+    chat = ChatFormat(load_tokenizer(str(folder)))
+    for encode in (lambda text: chat.encode([text]), load_tokenizer(str(folder))):
+        with pytest.raises(UserError, match=rf"the tokenizer of {folder} fails \(.*retry-limit.*; use the original"):
+            encode("a" * 100)
+
+
+@pytest.mark.parametrize("hostile", [{"template": TEMPLATES["comparison"]}, {"splits": SLOW}], ids=["template", "text"])
+def test_evaluation_ends_in_one_message_too(hostile, checkpoint, write_jsonl, tmp_path):
+    folder = checkpoint(**hostile)
+    rows = write_jsonl([{"prompt": "go " + "a" * 1000, "completion": "5"}])
+    done = run(
+        "evaluate", f"model.path={folder}", "eval=accuracy", f"eval.problems_path={rows}", "eval.max_new_tokens=2",
+        cwd=tmp_path,
+    )  # fmt: skip
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == REFUSED and ("splits" in hostile or told.startswith("error: problem "))
+    assert f"{'tokenizer' if 'splits' in hostile else 'chat template'} of {folder} takes more than 1.5" in told
+
+
+@pytest.mark.slow
+def test_training_ends_in_one_message_and_the_same_command_runs_again(checkpoint, write_jsonl, tmp_path):
+    folder = checkpoint(template=TEMPLATES["hash"])
+    path = write_jsonl([chat_row("go", "5")] * 4)
+    words = [
+        "train", "data=chat_jsonl", f"data.train.0.path={path}", f"model.path={folder}", "trainer.max_updates=1",
+        f"run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    for _ in range(2):  # the folder's lock is free
+        done = run(*words, cwd=tmp_path)
+        shutil.rmtree(tmp_path / "temporary")
+        (told,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == REFUSED and told.startswith(f"error: {path}:1: the chat template of {folder}")
+
+
+def test_ordinary_pieces_are_never_ended_and_a_stopped_process_does_not_count():
+    """Many short pieces take longer together than one may; so does one that was stopped."""
+    code = f"""
+import time
+from gemma4_tpu.data.hard_limit import hard_limit
+until = time.monotonic() + 2
+while time.monotonic() < until:
+    with hard_limit("who", "remedy", seconds=0.7, most_bytes=2**30):
+        time.sleep(0.01)
+with hard_limit("who", "remedy", seconds={HARD}, most_bytes=2**30):
+    print("ready", flush=True)
+    time.sleep(0.5)
+print("done", flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    both = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
+    assert len(both) == 2
+    for one in both:
+        one.suspend()
+    time.sleep(2 * HARD)
+    for one in both:
+        one.resume()
+    assert process.wait(10) == 0 and process.stdout.read() == "done\n"
+    _, alive = psutil.wait_procs(both[1:], timeout=2)
+    assert alive == []
+
+
+def test_threads_have_their_own_limits_and_a_signals_exception_frees_the_main_ones():
+    import threading
+
+    def piece(results):
+        for _ in range(200):
+            with limits.hard_limit("who", "remedy", seconds=30, most_bytes=2**30):
+                results.append(sum(count % 2 for count in limits._watched.counters))
+
+    found = []
+    threads = [threading.Thread(target=piece, args=[found]) for _ in range(2 * overseer.SLOTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(found) < overseer.SLOTS and not any(count % 2 for count in limits._watched.counters)
+    limits._watched.counters[0] += 1  # as if an exception had arrived before the end
+    limits.release()
+    assert not any(count % 2 for count in limits._watched.counters)
+
+
+def test_parts_are_consecutive_and_small():
+    texts = ["a" * 10, "b" * 3_000_000, "c" * 3_000_000, "d" * 9_000_000, "", "e"]
+    parts = list(limited_parts(texts))
+    assert [text for part in parts for text in part] == texts
+    assert [[len(text) for text in part] for part in parts] == [[10, 3_000_000], [3_000_000], [9_000_000], [0, 1]]
+    assert list(limited_parts([])) == []
