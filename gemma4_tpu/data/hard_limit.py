@@ -2,7 +2,7 @@
 
 A chat template can compare lists that contain each other 2^60 times; a tokenizer's patterns can backtrack for hours,
 its rules can multiply a text. The alarm of `timeout.py` takes effect between Python's bytecodes, so it never comes.
-A small process (`overseer.py`) watches instead: it prints one message and ends this process with exit code 2.
+A small process (`overseer.py`) watches instead: it prints one message and kills this process.
 
 A piece of work costs microseconds, since shared memory announces it.
 """
@@ -10,7 +10,6 @@ A piece of work costs microseconds, since shared memory announces it.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import mmap
 import os
 import subprocess
@@ -21,11 +20,9 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
 
 from gemma4_tpu import scratch
 from gemma4_tpu.data import overseer
-from gemma4_tpu.errors import REFUSED
 from gemma4_tpu.redact import redact
 
 SECONDS = 30.0
@@ -33,7 +30,6 @@ SECONDS = 30.0
 BYTES = 2 * 2**30
 """In addition to what the process holds when the piece begins, as `timeout.ROW_GIB`."""
 _SHOWN = 500  # last characters of a file, and of who does the work
-_SIGEV_THREAD = 2  # <bits/sigevent-consts.h>
 _MAIN = 0  # the main thread's slot: an exception from a signal can leave it occupied, and the next piece takes it over
 
 _here = threading.local()
@@ -48,11 +44,9 @@ class _Watched:
         with tempfile.TemporaryFile() as file:  # has no name on disk
             file.truncate(overseer.FILE_BYTES)
             self.shared = mmap.mmap(file.fileno(), overseer.FILE_BYTES)
-            reader, writer = os.pipe()  # stays open here: an overseer that is killed ends nothing
-            self._ends = _exit_when_readable(reader)
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", overseer.__file__, str(file.fileno()), str(writer), str(os.getpid())],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=(file.fileno(), writer),
+                [sys.executable, "-I", "-S", overseer.__file__, str(file.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=(file.fileno(),),
             )  # fmt: skip
         self.counters = memoryview(self.shared)[: overseer.COUNTERS.size].cast("Q")
         self.free = deque(range(_MAIN + 1, overseer.SLOTS))
@@ -60,45 +54,6 @@ class _Watched:
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
-
-
-class _Event(ctypes.Structure):
-    """`struct sigevent`, 64 bytes."""
-
-    _fields_ = (
-        ("value", ctypes.c_void_p), ("number", ctypes.c_int), ("notify", ctypes.c_int),
-        ("function", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("rest", ctypes.c_char * 32),
-    )  # fmt: skip
-
-
-class _Control(ctypes.Structure):
-    """`struct aiocb`: what users set, and room for the rest."""
-
-    _fields_ = (
-        ("file", ctypes.c_int), ("operation", ctypes.c_int), ("priority", ctypes.c_int),
-        ("buffer", ctypes.c_void_p), ("bytes", ctypes.c_size_t), ("event", _Event), ("rest", ctypes.c_char * 128),
-    )  # fmt: skip
-
-
-def _exit_when_readable(reader: int) -> Any:
-    """Lets the C library, which needs no GIL, call `_exit(2)` once the pipe has a byte; returns what must stay alive.
-
-    Where that is impossible, the overseer kills this process instead, and the exit code says so.
-    """
-    if sys.platform != "linux":
-        return None
-    try:
-        library = ctypes.CDLL(None, use_errno=True)
-        buffer = ctypes.create_string_buffer(1)
-        end = ctypes.cast(library._exit, ctypes.c_void_p).value
-        control = _Control(
-            file=reader, buffer=ctypes.addressof(buffer), bytes=1,
-            event=_Event(value=REFUSED, notify=_SIGEV_THREAD, function=end),
-        )  # fmt: skip
-        library.aio_read(ctypes.byref(control))
-    except (AttributeError, OSError):
-        return None
-    return control, buffer
 
 
 def _start() -> _Watched:

@@ -21,7 +21,6 @@ RECORD_BYTES = 4096
 FILE_BYTES = COUNTERS.size + SLOTS * RECORD_BYTES
 _POLL_SECONDS = 0.1
 _COUNTED_SECONDS = 0.5  # at most, per poll: time in which both processes were stopped (Ctrl-Z) does not count
-_LEAVE_SECONDS = 5.0
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -30,16 +29,18 @@ def record_start(slot: int) -> int:
     return COUNTERS.size + slot * RECORD_BYTES
 
 
-def _resident_bytes(process: int) -> int:
+def _bytes_of_its_own(process: int) -> int:
+    """Resident memory without files that are mapped, such as weights that another thread reads."""
     try:
         with open(f"/proc/{process}/statm", "rb") as file:
-            return int(file.read().split()[1]) * mmap.PAGESIZE
-    except (OSError, IndexError):  # it has ended, or this is not Linux
+            _, resident, shared = map(int, file.read().split()[:3])
+            return (resident - shared) * mmap.PAGESIZE
+    except (OSError, ValueError):  # it has ended, or this is not Linux
         return 0
 
 
-def _oversee(shared: mmap.mmap, ending: int, parent: int) -> None:
-    """Ends with the parent, however that ends; `ending` is the pipe on which the parent's exit is requested."""
+def _oversee(shared: mmap.mmap, parent: int) -> None:
+    """Ends with the parent, however that ends."""
     since: dict[int, tuple[int, float, int]] = {}  # slot → its count, the time counted, memory at the start
     before = time.monotonic()
     while os.getppid() == parent:
@@ -50,7 +51,7 @@ def _oversee(shared: mmap.mmap, ending: int, parent: int) -> None:
             if not count % 2:
                 since.pop(slot, None)
                 continue
-            resident = _resident_bytes(parent)
+            resident = _bytes_of_its_own(parent)
             seen, seconds, started_with = since.get(slot, (0, 0.0, 0))
             if seen != count:
                 since[slot] = (count, 0.0, resident)
@@ -65,29 +66,24 @@ def _oversee(shared: mmap.mmap, ending: int, parent: int) -> None:
             start = record_start(slot) + RECORD.size
             text = bytes(shared[start : start + length])
             if problem and COUNTERS.unpack_from(shared)[slot] == count:
-                _end(text, problem, ending, parent)
+                _end(text, problem, parent)
                 return
 
 
-def _end(text: bytes, problem: str, ending: int, parent: int) -> None:
+def _end(text: bytes, problem: str, parent: int) -> None:
     who, remedy, *folders = text.decode("utf-8", "replace").split("\0")
     with suppress(OSError):  # nobody reads it
         os.write(2, f"error: {who} takes {problem}; {remedy}\n".encode())
     for folder in filter(None, folders):
         shutil.rmtree(folder, ignore_errors=True)
-    os.write(ending, b"x")
-    until = time.monotonic() + _LEAVE_SECONDS
-    while os.getppid() == parent:
-        if time.monotonic() > until:  # where no thread of it waits for the pipe
-            os.kill(parent, signal.SIGKILL)
-        time.sleep(0.01)
+    os.kill(parent, signal.SIGKILL)
 
 
 def _main() -> None:
     for number in _IGNORED:  # they are meant for the parent, with which this process ends
         signal.signal(number, signal.SIG_IGN)
-    file, ending, parent = map(int, sys.argv[1:])
-    _oversee(mmap.mmap(file, FILE_BYTES), ending, parent)
+    file, parent = map(int, sys.argv[1:])
+    _oversee(mmap.mmap(file, FILE_BYTES), parent)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ LOAD_BYTES = 8 * 2**30
 _REMEDY = "use the original checkpoint's tokenizer (model.tokenizer=<folder>)"
 _CHARACTERS_PER_SECOND = 50_000  # of ordinary text, a busy core encodes 600,000
 _BYTES_PER_CHARACTER = 512  # of ordinary text, encodings take about 220
-_PART_CHARACTERS = 4 * 2**20
+_PART_CHARACTERS = 2**20
 
 
 def load_tokenizer(folder: str, new_tokens: Sequence[str] = ()) -> Any:
@@ -102,7 +102,7 @@ def tokenizer_limit(tokenizer: Any, characters: int) -> Iterator[None]:
 
 
 def limited_parts(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Consecutive texts, few enough that their limit is a matter of minutes; a long text is a part of its own."""
+    """Consecutive texts, few enough that a good tokenizer needs a second or two; a long text is a part of its own."""
     part: list[str] = []
     characters = 0
     for text in texts:
