@@ -189,7 +189,7 @@ def run_setting(setting: Setting, work: Path) -> list[str]:
     shutil.rmtree(work, ignore_errors=True)
     try:
         made = ["--make", str(setting.layers), str(setting.rank or 0), "--work", str(work)]
-        subprocess.run([sys.executable, "-m", "benchmarks.merge", *made], check=True)
+        subprocess.run([sys.executable, "-m", "benchmarks.merge", *made], check=True, stdout=sys.stderr)
         base_bytes = sum(path.stat().st_size for path in (work / "base").iterdir())
         rows, loads = [], []
         for way in setting.ways:
