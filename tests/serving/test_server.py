@@ -175,6 +175,15 @@ def test_a_signal_while_it_compiles(process, merged, docker, tmp_path):
     assert json.loads((tmp_path / "record/result.json").read_text())["status"] == "interrupted"
 
 
+@pytest.fixture
+def heeding_sighup():
+    """As where it isn't ignored: `nohup make test` would leave it so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heeding_sighup")
 def test_a_second_signal_kills_a_server_that_does_not_end(serve, stop_when_ready, merged, docker):
     docker.play(deaf=True)
     stop_when_ready(signal.SIGHUP)
