@@ -113,7 +113,7 @@ class Chaos:
             assert code in (*TRAINS[number], 0), f"exit {code} after {number.name}: {process.said()}"
             assert "Traceback" not in process.said(), process.said()
             self.counts.exits_42 += code == 42
-        assert not process.others(), "something still runs"
+        assert not process.left(), "something still runs"
         self.counts.interrupted_saves += any(run.glob("checkpoints/*tmp*"))
         done = max((row["update"] for row in metrics(run)), default=0)
         lost = done - (newest(run) or 0)

@@ -104,6 +104,13 @@ class Process:
         """Processes that it started, directly or not, and that still run."""
         return [process for process in psutil.process_iter() if process.pid != self.pid and self._is_ours(process)]
 
+    def left(self, seconds: float = _SECONDS_FOR_CHILDREN) -> list[psutil.Process]:
+        """Those of them that do not end with it: what still runs so much later."""
+        until = time.monotonic() + seconds
+        while (still := self.others()) and time.monotonic() < until:
+            time.sleep(0.05)
+        return still
+
     def _is_ours(self, process: psutil.Process) -> bool:
         try:
             if process.status() == psutil.STATUS_ZOMBIE:
@@ -236,10 +243,7 @@ class Killer:
             yield "it ended without a word"
         if self._subject.orphans and number == signal.SIGKILL:
             return
-        until = time.monotonic() + _SECONDS_FOR_CHILDREN
-        while (left := process.others()) and time.monotonic() < until:
-            time.sleep(0.05)
-        if left:
+        if left := process.left():
             yield f"still running: {[' '.join(each.cmdline()[:6]) for each in left if each.is_running()]}"
         left_files = [path.name for path in process.temporary.iterdir()]
         files = [name for name in left_files if not name.startswith("torchinductor")]  # PyTorch's own cache
