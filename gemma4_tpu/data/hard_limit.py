@@ -10,6 +10,7 @@ A piece of work costs microseconds, since shared memory announces it.
 from __future__ import annotations
 
 import atexit
+import logging
 import mmap
 import os
 import subprocess
@@ -20,16 +21,20 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import BinaryIO
 
 from gemma4_tpu import scratch
 from gemma4_tpu.data import overseer
+from gemma4_tpu.data.drops import printable
 from gemma4_tpu.redact import redact
+
+logger = logging.getLogger(__name__)
 
 SECONDS = 30.0
 """For a piece of work of no particular size; the limits that drop a row (`timeout.py`) are lower."""
 BYTES = 2 * 2**30
 """In addition to what the process holds when the piece begins, as `timeout.ROW_GIB`."""
-_SHOWN = 500  # last characters of a file, and of who does the work
+_SHOWN_BYTES = 500  # the last of a file, and of who does the work
 _MAIN = 0  # the main thread's slot: an exception from a signal can leave it occupied, and the next piece takes it over
 
 _here = threading.local()
@@ -41,19 +46,30 @@ class _Watched:
     """The overseer, and what is shared with it."""
 
     def __init__(self) -> None:
-        with tempfile.TemporaryFile() as file:  # has no name on disk
-            file.truncate(overseer.FILE_BYTES)
+        self._process: subprocess.Popen[bytes] | None = None
+        with _shared_file() as file:
+            file.write(bytes(overseer.FILE_BYTES))  # a mapped hole in a file would end the process on a full disk
+            file.flush()
             self.shared = mmap.mmap(file.fileno(), overseer.FILE_BYTES)
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", overseer.__file__, str(file.fileno()), str(os.getpid())],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=(file.fileno(),),
-            )  # fmt: skip
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable or "python3", "-I", "-S", overseer.__file__, str(file.fileno()), str(os.getpid())],
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=(file.fileno(),),
+                )  # fmt: skip
+            except OSError as error:  # no more processes are permitted, for instance
+                logger.warning("templates and tokenizers are not watched, since no process can be started: %s", error)
         self.counters = memoryview(self.shared)[: overseer.COUNTERS.size].cast("Q")
         self.free = deque(range(_MAIN + 1, overseer.SLOTS))
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+def _shared_file() -> BinaryIO:
+    """An empty one without a name, in memory where the system has such files."""
+    return os.fdopen(os.memfd_create("gemma4_tpu"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()
 
 
 def _start() -> _Watched:
@@ -82,16 +98,26 @@ os.register_at_fork(after_in_child=_forget)
 
 
 @lru_cache
-def _shown(text: str) -> str:
-    """Without secrets, and short enough to leave room for the rest; blanking costs more than a row does."""
-    return redact(text)[-_SHOWN:]
+def shown(text: str) -> str:
+    """Safe to print, and short enough to leave room for the rest; blanking secrets costs more than a row does."""
+    return printable(redact(text)).encode()[-_SHOWN_BYTES:].decode("utf-8", "ignore")
+
+
+def _record(who: str, remedy: str) -> bytes:
+    """The text of a record. A folder that does not fit is left out: a part of its path would be another folder."""
+    text = f"{who}\0{remedy}".encode()
+    for folder in scratch.made():
+        more = b"\0" + os.fsencode(folder)
+        if len(text) + len(more) <= overseer.RECORD_BYTES - overseer.RECORD.size:
+            text += more
+    return text
 
 
 @contextmanager
 def at(file: str, rows: str = "") -> Iterator[None]:
-    """Names the row (or rows) of a file, or a problem, that this thread works on, for the message."""
+    """Names the row (or rows: as they are) of a file, or a problem, that this thread works on, for the message."""
     before = getattr(_here, "place", "")
-    _here.place = f"{_shown(file)}:{rows}: " if rows else f"{_shown(file)}: "
+    _here.place = f"{shown(file)}:{rows}: " if rows else f"{shown(file)}: "
     try:
         yield
     finally:
@@ -116,9 +142,8 @@ def hard_limit(who: str, remedy: str, *, seconds: float, most_bytes: int) -> Ite
         yield
         return
     place = getattr(_here, "place", "")
-    text = "\0".join([f"{place}{_shown(who)}", remedy, *scratch.made()]).encode("utf-8", "replace")
+    text = _record(f"{place}{shown(who)}", remedy)
     start, counters = overseer.record_start(slot), watched.counters
-    text = text[: overseer.RECORD_BYTES - overseer.RECORD.size]
     counters[slot] += counters[slot] % 2  # the record changes while the slot is free
     overseer.RECORD.pack_into(watched.shared, start, seconds, most_bytes, len(text))
     start += overseer.RECORD.size

@@ -21,7 +21,7 @@ from gemma4_tpu.data.aside import Identity, identity
 from gemma4_tpu.data.chat import ChatFormat, Example, Rendering
 from gemma4_tpu.data.drops import DropReport, Origin, RowDropped, unreadable
 from gemma4_tpu.data.forms import CONVERSATIONS, Conversation, Pair, Said
-from gemma4_tpu.data.hard_limit import at
+from gemma4_tpu.data.hard_limit import at, shown
 from gemma4_tpu.data.normalise import Normalised, Normaliser
 from gemma4_tpu.data.pictures import Picture, PictureReader
 from gemma4_tpu.data.readers import RawRow
@@ -229,7 +229,7 @@ def _span(taken: list[_Taken]) -> tuple[str, str]:
     if not taken:
         return "", ""
     first, last = taken[0].origin, taken[-1].origin
-    return first.file, f"{first.row} to {last.row if last.file == first.file else last}"
+    return first.file, f"{first.row} to {'' if last.file == first.file else f'{shown(last.file)}:'}{last.row}"
 
 
 def _pair(sides: dict[str, list[Example] | RowDropped]) -> list[Example] | RowDropped:

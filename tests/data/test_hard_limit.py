@@ -231,6 +231,34 @@ def test_threads_have_their_own_limits_and_a_signals_exception_frees_the_main_on
     assert not any(count % 2 for count in limits._watched.counters)
 
 
+def test_nothing_but_whole_scratch_folders_is_ever_removed(monkeypatch):
+    """Neither a part of a long path, which is another folder, nor what a name pretends to be."""
+    made = ["/" + "é" * 600, "/t/" + "b" * 1500, "/t/" + "c" * 1500, os.fsdecode(b"/t/\xff")]
+    monkeypatch.setattr(limits.scratch, "made", lambda: made)
+    who = limits.shown("problem \0remedy\0/home/" + "語" * 600)
+    text = limits._record(f"{who}: {who}: {who}", "remedy")
+    assert len(text) <= overseer.RECORD_BYTES - overseer.RECORD.size
+    told, remedy, *folders = text.split(b"\0")
+    assert remedy == b"remedy" and told.decode().endswith("語")
+    assert folders and set(folders) < set(map(os.fsencode, made)) and folders[-1] == b"/t/\xff"
+    assert "\0" not in limits.shown("a\0/home") and limits.shown("a\ud800") == "a\\ud800"
+
+
+def test_process_1_of_a_container_ends_by_its_time():
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    overseer.kill(process.pid, is_first=True)
+    assert process.wait(30) in (-signal.SIGKILL, -signal.SIGXCPU)
+
+
+def test_work_goes_on_unwatched_where_no_process_can_be_started(monkeypatch, caplog):
+    monkeypatch.setattr(limits, "_watched", None)
+    monkeypatch.setattr(limits.sys, "executable", "/nowhere")
+    with limits.hard_limit("who", "remedy", seconds=30, most_bytes=2**30):
+        assert limits._watched.counters[0] == 1
+    limits._watched.close()
+    assert "are not watched, since no process can be started: [Errno 2]" in caplog.text
+
+
 def test_parts_are_consecutive_and_small():
     texts = ["a" * 10, "b" * 750_000, "c" * 750_000, "d" * 2_250_000, "", "e"]
     parts = list(limited_parts(texts))
