@@ -35,7 +35,9 @@ _OWN = both(
     fields({"state": choice(*STATES), "attempt": COUNT, "model_id": TEXT}),
     when(lambda cell: cell.get("completed"), fields({
         **of_one(AMOUNT, "request_throughput output_throughput total_token_throughput median_sending_lag_ms"),
-        **of_one(maybe(AMOUNT), f"{_LATENCIES} chunks_per_token prefix_cache_hit_tokens prefix_cache_query_tokens"),
+        **of_one(maybe(AMOUNT), f"{_LATENCIES} chunks_per_token"),
+        # Differences of counters, of which several servers behind one address have one each.
+        **of_one(maybe(NUMBER), "prefix_cache_hit_tokens prefix_cache_query_tokens"),
         **of_one(COUNT, "failed short_answers"), "tokens_counted_by": TEXT, "p99_marked": listed(TEXT),
     }, {"request_goodput": maybe(AMOUNT), "max_output_tokens_per_s": maybe(AMOUNT), "latency_growth": maybe(NUMBER)})),
 )  # fmt: skip

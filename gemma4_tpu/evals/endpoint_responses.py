@@ -14,6 +14,7 @@ import httpx
 from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.store import LENGTH, STOP
+from gemma4_tpu.tracking.typed import COUNT
 
 KEY = "OPENAI_API_KEY"
 SHOWN = 200
@@ -86,7 +87,7 @@ def prompt_logprobs(response: httpx.Response, tokens: int) -> list[float]:
 
 def _tokens(usage: Any) -> int | None:
     count = usage.get("completion_tokens") if isinstance(usage, Mapping) else None
-    return count if isinstance(count, int) else None
+    return count if COUNT(count, "") is None else None
 
 
 def models_of(response: httpx.Response) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ from gemma4_tpu.evals.store import Key, Rows, Sample, alike
 from gemma4_tpu.evals.verilog.strength import grade, sentences, to_rows, vacuous
 from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
 from gemma4_tpu.tracking.records import SELFCHECK, write_record
-from gemma4_tpu.tracking.typed import AMOUNT, COUNT, FLAG, TEXT, choice, fields, maybe
+from gemma4_tpu.tracking.typed import AMOUNT, FLAG, TEXT, WHOLE, choice, fields, maybe
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def _about(
 
 
 _VERDICT = fields({"kind": choice(*VerdictClass), "official": maybe(FLAG)}, {
-    "detail": TEXT, "refused_by": maybe(TEXT), "mismatches": maybe(COUNT), "samples": maybe(COUNT),
+    "detail": TEXT, "refused_by": maybe(TEXT), "mismatches": maybe(WHOLE), "samples": maybe(WHOLE),
     "cpu_seconds": AMOUNT,
 })  # fmt: skip
 

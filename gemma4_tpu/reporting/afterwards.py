@@ -217,8 +217,8 @@ def _answered(probe: Mapping[str, Any] | None) -> str:
     """The result of the check whether a server serves the trained model; with adapters, of each."""
     if not probe:
         return "not checked"
-    if "told" in probe:
-        return str(probe["told"])
+    if isinstance(told := probe.get("told"), str):  # else an adapter of that name
+        return told
     return "; ".join(f"{name}: {_answered(each)}" for name, each in probe.items())
 
 

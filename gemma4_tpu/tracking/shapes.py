@@ -6,6 +6,7 @@ them with the dataclasses that are written.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from gemma4_tpu.tracking.typed import (
@@ -134,7 +135,8 @@ _PLANNED = fields({
 }, {
     **of_one(TEXT, "objective flags data message"), **of_one(maybe(TEXT), "teacher bound_by"),
     **of_one(_AMOUNTS, "hbm_parts_bytes_per_chip flops_parts_per_chip attention_blocks_visited roofline_seconds"
-             " step_parts utilization seconds_per_update real_tokens_per_second hours preemptions cost_analysis"),
+             " step_parts utilization seconds_per_update real_tokens_per_second hours preemptions"),
+    "cost_analysis": each(NUMBER),  # XLA's, which counts −1 for what it does not know
     **of_one(_SECONDS, "flops_per_chip analytic_flops_per_chip flops_over_analytic hbm_traffic_bytes_per_chip"
              " hbm_read_again_bytes_per_chip bytes_accessed_per_chip flops_per_real_token_and_chip"
              " hbm_traffic_bytes_per_real_token_and_chip bytes_accessed_per_real_token_and_chip"
@@ -205,7 +207,8 @@ HARNESS: Shape = _unless_failed(fields({
 
 def _probe(value: Any, key: str) -> str | None:
     """What a probe says; with adapters, what each one's says."""
-    return maybe(when(lambda probe: "told" in probe, fields({"told": TEXT}), each(_probe)))(value, key)
+    one = when(lambda probe: isinstance(probe.get("told"), dict | None), each(_probe), fields({"told": TEXT}))
+    return maybe(one)(value, key)
 
 
 SERVING: Shape = known(
@@ -213,7 +216,7 @@ SERVING: Shape = known(
     **of_one(maybe(TEXT), "endpoint model folder"),
 )  # fmt: skip
 LOAD_TEST: Shape = known(**_ENDED, **of_one(_SECONDS, "peak_output_throughput"), peak_cell=maybe(TEXT))
-_RATE = leaf("a number above 0, or inf", lambda rate: rate in (None, "inf") or POSITIVE(rate, "") is None)
+_RATE = leaf("a number above 0, or inf", lambda rate: rate in (None, "inf", math.inf) or POSITIVE(rate, "") is None)
 _LATENCIES = " ".join(f"{one}_{name}_ms" for one in ("median", "p99") for name in ("ttft", "tpot", "itl", "e2el"))
 CELL: Shape = both(
     known(

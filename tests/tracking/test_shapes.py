@@ -6,9 +6,13 @@ import math
 
 import pytest
 
+from gemma4_tpu.benching.all_cells import _LATENCIES as _OWN_LATENCIES
+from gemma4_tpu.benching.all_cells import _OWN
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.evals.endpoint_responses import _tokens
 from gemma4_tpu.evals.harness import HarnessMetric, HarnessOutcome, HarnessTask
 from gemma4_tpu.evals.scores import EvaluationOutcome, ProblemOutcome
+from gemma4_tpu.evals.simulated import _VERDICT
 from gemma4_tpu.evals.store import Samples
 from gemma4_tpu.launch.record import _SHAPE, Launch
 from gemma4_tpu.planning.estimate import PlanResult
@@ -99,6 +103,35 @@ def test_parts_of_records_are_checked():
 )
 def test_a_complaint_names_the_key_what_it_is_and_what_it_should_be(shape, value, told):
     assert told in shape(value, "")
+
+
+VERDICT = {"kind": "mismatch", "official": None, "mismatches": -1, "samples": 4}
+CACHED = {
+    "state": "ok", "attempt": 0, "model_id": "m", "completed": 1, "failed": 0, "short_answers": 0, "p99_marked": [],
+    "tokens_counted_by": "server", "prefix_cache_hit_tokens": -5.0, "prefix_cache_query_tokens": -9.0,
+    **dict.fromkeys(f"{_OWN_LATENCIES} chunks_per_token".split()),
+    **dict.fromkeys(
+        ("request_throughput", "output_throughput", "total_token_throughput", "median_sending_lag_ms"), 1.0
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "value"),
+    [
+        (shapes.CELL, {"request_rate": math.inf}),  # other clients' JSON has Infinity
+        (shapes.SERVING, {"probe": {"told": {"told": "answers 1 of 1"}, "other": None}}),  # an adapter of that name
+        (shapes.PLAN, {**PLANNED, "cost_analysis": {"flops": -1.0, "bytes_accessed": 2.0}}),
+        (_VERDICT, VERDICT),  # a custom bench's counter may overflow
+        (_OWN, CACHED),  # counters of several servers behind one address
+    ],
+)
+def test_unusual_values_that_are_written_pass(shape, value):
+    assert shape(value, "") is None
+
+
+def test_a_count_of_tokens_that_is_none_is_unknown():
+    assert [_tokens({"completion_tokens": given}) for given in (3, -1, True, 2**70, None)] == [3, *[None] * 4]
 
 
 def test_unknown_keys_and_missing_optional_ones_pass():
