@@ -25,17 +25,17 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.prices import Price
 from gemma4_tpu.tracking.logs import console
 from gemma4_tpu.tracking.records import CELL, check_shape, read_record, write_record
+from gemma4_tpu.tracking.shapes import LATENCIES
 from gemma4_tpu.tracking.typed import AMOUNT, COUNT, NUMBER, TEXT, both, choice, fields, listed, maybe, of_one, when
 
 log = logging.getLogger(__name__)
 
 STATES = (*MEASURED, INFEASIBLE, FAILED)
-_LATENCIES = " ".join(f"{which}_{name}_ms" for which in ("median", "p99") for name in ("ttft", "tpot", "itl", "e2el"))
 _OWN = both(
     fields({"state": choice(*STATES), "attempt": COUNT, "model_id": TEXT}),
     when(lambda cell: cell.get("completed"), fields({
         **of_one(AMOUNT, "request_throughput output_throughput total_token_throughput median_sending_lag_ms"),
-        **of_one(maybe(AMOUNT), f"{_LATENCIES} chunks_per_token"),
+        **of_one(maybe(AMOUNT), f"{LATENCIES} chunks_per_token"),
         # Differences of counters, of which several servers behind one address have one each.
         **of_one(maybe(NUMBER), "prefix_cache_hit_tokens prefix_cache_query_tokens"),
         **of_one(COUNT, "failed short_answers"), "tokens_counted_by": TEXT, "p99_marked": listed(TEXT),

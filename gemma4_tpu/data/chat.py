@@ -28,7 +28,7 @@ from gemma4_tpu.data.hard_limit import BYTES, SECONDS, hard_limit
 from gemma4_tpu.data.pictures import Picture, pictures_of
 from gemma4_tpu.data.proof import Prover, Span
 from gemma4_tpu.data.timeout import memory_limit, row_limit
-from gemma4_tpu.data.tokenizer import limited_parts, tokenizer_limit
+from gemma4_tpu.data.tokenizer import encode
 from gemma4_tpu.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -163,15 +163,7 @@ class ChatFormat:
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, int32 [n + 1]; adds no special tokens."""
-        # Equivalent to `self._tokenizer(texts)` without offsets into the text, which saves a quarter of the time.
-        backend = self._tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        encoded = []
-        for part in limited_parts(texts):
-            with tokenizer_limit(self._tokenizer, sum(map(len, part))):
-                encoded += backend.encode_batch_fast(part, add_special_tokens=False)
-        return [np.array(piece.ids, np.int32) for piece in encoded]
+        return encode(self._tokenizer, texts)
 
     def examples(self, renderings: list[Rendering]) -> list[list[Example] | RowDropped]:
         """The verified examples of each rendering, or the reason for dropping it; encodes all texts in one call."""

@@ -101,6 +101,19 @@ def tokenizer_limit(tokenizer: Any, characters: int) -> Iterator[None]:
         raise UserError(f"{who} fails ({first_line(error)}); {_REMEDY}") from None
 
 
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
+    """Token ids of each text, int32 [n + 1]; adds no special tokens."""
+    # Equivalent to `tokenizer(texts)` without offsets into the text, which saves a quarter of the time.
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    encoded = []
+    for part in limited_parts(texts):
+        with tokenizer_limit(tokenizer, sum(map(len, part))):
+            encoded += backend.encode_batch_fast(part, add_special_tokens=False)
+    return [np.array(piece.ids, np.int32) for piece in encoded]
+
+
 def limited_parts(texts: Sequence[str]) -> Iterator[list[str]]:
     """Consecutive texts, few enough that a good tokenizer needs a second or two; a long text is a part of its own."""
     part: list[str] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.config.machines import HardwareConfig
-from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import Slice, slice_of
 from gemma4_tpu.launch.after import FollowUp
 from gemma4_tpu.launch.schema import PlaceConfig, TpuVmConfig
 from gemma4_tpu.prices import ON_DEMAND, SPOT, Price, price_in_zone
 from gemma4_tpu.tracking.files import write_json
-from gemma4_tpu.tracking.records import check_shape
+from gemma4_tpu.tracking.records import read_checked
 from gemma4_tpu.tracking.typed import ANYTHING, FLAG, TEXT, each, fields, listed, maybe, of_one
 from gemma4_tpu.train import load_train
 
@@ -90,11 +88,7 @@ def saved() -> dict[str, Launch]:
     found = {}
     for path in sorted(RECORDS.glob("*/job.json")):
         advice = "bring back a copy, or delete the folder once nothing of it runs (launch.tpu_vm list)"
-        try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: damaged ({error}); {advice}") from None
-        check_shape(told, _SHAPE, path, advice)
+        told = read_checked(path, _SHAPE, advice)
         found[path.parent.name] = Launch(**{key: told[key] for key in Launch.__dataclass_fields__ if key in told})
     return found
 

@@ -6,7 +6,6 @@ in float32. The server answers with one token each; with quantised weights, it c
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import httpx
 
 from gemma4_tpu.checkpoint_folder import PROBE_NAME
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.tracking.records import check_shape
+from gemma4_tpu.tracking.records import read_checked
 from gemma4_tpu.tracking.typed import COUNT, fields, listed
 
 ANSWER_SECONDS = 300.0
@@ -62,12 +61,7 @@ def probe(client: httpx.Client, name: str, folder: Path) -> ProbeResult | None:
 
 def _stored(path: Path) -> list[dict[str, Any]]:
     """Raises `UserError` where the file is damaged."""
-    advice = "merge again, or serving.probe=false skips the check"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error}); {advice}") from None
-    check_shape(found, _PROMPTS, path, advice)
+    found = read_checked(path, _PROMPTS, "merge again, or serving.probe=false skips the check")
     return list(found["prompts"])
 
 

@@ -29,8 +29,8 @@ from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.config.tasks import PlanConfig, PlanRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import slice_of
-from gemma4_tpu.tracking.files import from_jsonable, jsonable, read_json, write_json, write_text
-from gemma4_tpu.tracking.records import check_shape
+from gemma4_tpu.tracking.files import from_jsonable, jsonable, write_json, write_text
+from gemma4_tpu.tracking.records import read_checked
 from gemma4_tpu.tracking.typed import FLAG, TEXT, maybe
 from gemma4_tpu.tracking.typed import fields as fields_of
 
@@ -98,12 +98,8 @@ def check_fit(config: TrainRoot, mode: str, folder: Path, stopped: Callable[[], 
 
 
 def _read_answer(path: Path) -> dict[str, Any]:
-    try:
-        told = read_json(path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error}); delete it: the next start checks again") from None
-    check_shape(told, fields_of({"fits": maybe(FLAG), "told": TEXT}), path, "delete it: the next start checks again")
-    return dict(told)
+    shape = fields_of({"fits": maybe(FLAG), "told": TEXT})
+    return dict(read_checked(path, shape, "delete it: the next start checks again"))
 
 
 def _obstacle(hardware: HardwareConfig) -> str | None:

@@ -95,6 +95,20 @@ def check_shape(value: Any, shape: Shape, where: str | Path, advice: str = "brin
         raise UserError(f"{where}: damaged: {told}; {advice}")
 
 
+def read_checked(path: Path, shape: Shape, advice: str) -> Any:
+    """The content of a JSON file that is no record, as `check_shape` has it.
+
+    Raises:
+      UserError: it is not JSON, or has another shape.
+    """
+    try:
+        content = read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error}); {advice}") from None
+    check_shape(content, shape, path, advice)
+    return content
+
+
 def read_record(path: Path, wanted: str | None = None) -> Record:
     """Reads a record of this or an earlier version, and checks that it has the shape of its kind.
 

@@ -217,12 +217,12 @@ SERVING: Shape = known(
 )  # fmt: skip
 LOAD_TEST: Shape = known(**_ENDED, **of_one(_SECONDS, "peak_output_throughput"), peak_cell=maybe(TEXT))
 _RATE = leaf("a number above 0, or inf", lambda rate: rate in (None, "inf", math.inf) or POSITIVE(rate, "") is None)
-_LATENCIES = " ".join(f"{one}_{name}_ms" for one in ("median", "p99") for name in ("ttft", "tpot", "itl", "e2el"))
+LATENCIES = " ".join(f"{one}_{name}_ms" for one in ("median", "p99") for name in ("ttft", "tpot", "itl", "e2el"))
 CELL: Shape = both(
     known(
         **of_one(TEXT, "state reason cell"), **of_one(COUNT, "attempt completed failed"),
         max_concurrency=maybe(POSITIVE), request_rate=_RATE,
-        **of_one(_SECONDS, f"{_LATENCIES} total_input_tokens total_output_tokens output_throughput"),
+        **of_one(_SECONDS, f"{LATENCIES} total_input_tokens total_output_tokens output_throughput"),
     ),
     when(lambda cell: "completed" in cell or cell.get("state") in ("ok", "overloaded"), fields(
         of_one(COUNT, "completed total_input_tokens total_output_tokens") | {"output_throughput": AMOUNT})),
