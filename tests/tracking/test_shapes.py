@@ -6,7 +6,6 @@ import math
 
 import pytest
 
-from gemma4_tpu.benching.all_cells import _LATENCIES as _OWN_LATENCIES
 from gemma4_tpu.benching.all_cells import _OWN
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.endpoint_responses import _tokens
@@ -22,6 +21,7 @@ from gemma4_tpu.sweeping.state import Sweep, SweepJob
 from gemma4_tpu.tracking import shapes
 from gemma4_tpu.tracking.records import PLAN, TRAINING, read_record
 from gemma4_tpu.tracking.result import Result
+from gemma4_tpu.tracking.shapes import LATENCIES
 from gemma4_tpu.tracking.typed import ANYTHING, COUNT, FINITE, NUMBER, TEXT, each, fields, known, listed, maybe
 
 WRONG = object()
@@ -109,7 +109,7 @@ VERDICT = {"kind": "mismatch", "official": None, "mismatches": -1, "samples": 4}
 CACHED = {
     "state": "ok", "attempt": 0, "model_id": "m", "completed": 1, "failed": 0, "short_answers": 0, "p99_marked": [],
     "tokens_counted_by": "server", "prefix_cache_hit_tokens": -5.0, "prefix_cache_query_tokens": -9.0,
-    **dict.fromkeys(f"{_OWN_LATENCIES} chunks_per_token".split()),
+    **dict.fromkeys(f"{LATENCIES} chunks_per_token".split()),
     **dict.fromkeys(
         ("request_throughput", "output_throughput", "total_token_throughput", "median_sending_lag_ms"), 1.0
     ),
