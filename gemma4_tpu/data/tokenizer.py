@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,6 @@ def load_tokenizer(folder: str, new_tokens: Sequence[str] = ()) -> Any:
     Raises:
       UserError: there is no tokenizer or chat template, or no room for the new tokens.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about missing PyTorch, which is not needed
-    from transformers import AutoTokenizer
-
     path = assets.resolve(folder)
     with scratch_folder() as scratch:
         if new_tokens or is_remote(path):
@@ -53,14 +50,7 @@ def load_tokenizer(folder: str, new_tokens: Sequence[str] = ()) -> Any:
             path = str(scratch)
         if not (Path(path) / "tokenizer.json").is_file():
             raise UserError(f"{folder}: there is no tokenizer.json; set model.tokenizer to a folder that has one")
-        try:
-            with hard_limit(f"loading the tokenizer of {folder}", _REMEDY, seconds=LOAD_SECONDS, most_bytes=LOAD_BYTES):
-                tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{folder}: the tokenizer cannot be loaded ({error})") from error
-    tokenizer.name_or_path = folder  # not a temporary one
-    kind = type(tokenizer)
-    tokenizer.__class__ = type(kind.__name__, (_Limited, kind), {})
+        tokenizer = load_limited(path, folder)
     if not tokenizer.chat_template:
         raise UserError(
             f"{folder}: the tokenizer has no chat template; use an instruction-tuned checkpoint's tokenizer "
@@ -69,28 +59,57 @@ def load_tokenizer(folder: str, new_tokens: Sequence[str] = ()) -> Any:
     return tokenizer
 
 
+def load_limited(path: str, folder: str) -> Any:
+    """`AutoTokenizer.from_pretrained`, which ends the process if loading or using the tokenizer takes far too long.
+
+    Args:
+      path: a local folder.
+      folder: what messages call it.
+
+    Raises:
+      UserError: transformers cannot load it.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about missing PyTorch, which is not needed
+    from transformers import AutoTokenizer
+
+    try:
+        with load_limit(folder):
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({error})") from error
+    tokenizer.name_or_path = folder  # not a temporary one
+    kind = type(tokenizer)
+    tokenizer.__class__ = type(kind.__name__, (_Limited, kind), {})
+    return tokenizer
+
+
+def load_limit(folder: str) -> AbstractContextManager[None]:
+    """Ends the process if loading the tokenizer of `folder` takes far longer, or far more memory, than it should."""
+    return hard_limit(f"loading the tokenizer of {folder}", _REMEDY, seconds=LOAD_SECONDS, most_bytes=LOAD_BYTES)
+
+
 class _Limited:
     """What a loaded tokenizer is in addition to its own class: `tokenizer(text)` and `decode` are limited."""
 
     def _encode_plus(self, text: Any, *args: Any, **options: Any) -> Any:
-        with tokenizer_limit(self, sum(map(len, markup.strings(text)))):
+        with tokenizer_limit(self.name_or_path, sum(map(len, markup.strings(text)))):
             return super()._encode_plus(text, *args, **options)  # type: ignore[misc]
 
     def _decode(self, token_ids: Any, *args: Any, **options: Any) -> str:
-        with tokenizer_limit(self, np.size(token_ids)):
+        with tokenizer_limit(self.name_or_path, np.size(token_ids)):
             return super()._decode(token_ids, *args, **options)  # type: ignore[misc]
 
 
 @contextmanager
-def tokenizer_limit(tokenizer: Any, characters: int) -> Iterator[None]:
-    """Ends the process if the tokenizer takes far longer, or far more memory, for a text than it should.
+def tokenizer_limit(folder: str, characters: int) -> Iterator[None]:
+    """Ends the process if the tokenizer of `folder` takes far longer, or far more memory, for a text than it should.
 
     `characters`: the text's, or the number of tokens to decode.
 
     Raises:
       UserError: the tokenizer fails: its patterns backtrack too often, for instance.
     """
-    who = f"the tokenizer of {tokenizer.name_or_path}"
+    who = f"the tokenizer of {folder}"
     seconds, most = SECONDS + characters / _CHARACTERS_PER_SECOND, BYTES + characters * _BYTES_PER_CHARACTER
     try:
         with hard_limit(who, _REMEDY, seconds=seconds, most_bytes=most):
@@ -109,7 +128,7 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
     backend.no_padding()
     encoded = []
     for part in limited_parts(texts):
-        with tokenizer_limit(tokenizer, sum(map(len, part))):
+        with tokenizer_limit(tokenizer.name_or_path, sum(map(len, part))):
             encoded += backend.encode_batch_fast(part, add_special_tokens=False)
     return [np.array(piece.ids, np.int32) for piece in encoded]
 

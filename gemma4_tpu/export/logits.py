@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma4_tpu.data.tokenizer import load_limit, tokenizer_limit
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.probe_prompts import from_logits
 from gemma4_tpu.export.trained import Trained
@@ -198,8 +199,11 @@ def prompts_of(trained: Trained, path: str | None = None) -> tuple[np.ndarray, n
     if tokenizer.is_file():
         from tokenizers import Tokenizer
 
-        encode = Tokenizer.from_file(str(tokenizer)).encode
-        rows = [encode(text).ids[:length] for text in texts]
+        folder = trained.base.tokenizer_folder
+        with load_limit(folder):
+            encode = Tokenizer.from_file(str(tokenizer)).encode
+        with tokenizer_limit(folder, sum(map(len, texts))):
+            rows = [encode(text).ids[:length] for text in texts]
     elif path is not None:
         raise UserError(f"export.prompts={path}: there is no {tokenizer} to tokenize them; leave it out")
     else:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gemma4_tpu.checkpoint_folder import PROBE_NAME
+from gemma4_tpu.data.tokenizer import load_limit, tokenizer_limit
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.place import Place
 from gemma4_tpu.export.trained import Trained
@@ -68,16 +69,18 @@ def from_answers(trained: Trained) -> list[dict[str, Any]]:
         return []
     from tokenizers import Tokenizer
 
-    renamed = trained.base.token_places.renamed
-    tokenizer = Tokenizer.from_buffer(bytes(rewritten(tokenizer_path.name, tokenizer_path.read_bytes(), renamed)))
+    folder, renamed = trained.base.tokenizer_folder, trained.base.token_places.renamed
+    content = bytes(rewritten(tokenizer_path.name, tokenizer_path.read_bytes(), renamed))
+    with load_limit(folder):
+        tokenizer = Tokenizer.from_buffer(content)
     rows = list(_answers(path))
     before = {row["prompt"]: row["answer"] for row in rows if row["update"] == 0}
     after = {row["prompt"]: row["answer"] for row in rows if row["update"] == trained.state.update}
     probes: list[dict[str, Any]] = []
     for prompt in before.keys() & after.keys():
-        start, base, merged = (
-            tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, before[prompt], after[prompt])
-        )
+        texts = (prompt, before[prompt], after[prompt])
+        with tokenizer_limit(folder, sum(map(len, texts))):
+            start, base, merged = (tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
         shared = next((i for i, (a, b) in enumerate(zip(base, merged, strict=False)) if a != b), None)
         if shared is not None:
             probes.append({"tokens": start + merged[:shared], "merged": merged[shared], "base": base[shared]})

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
+from gemma4_tpu.data.tokenizer import load_limited
 from gemma4_tpu.serving.local_batch import DecodingBatch
 from gemma4_tpu.serving.local_grammar import AnswerGrammar, Grammars
 from gemma4_tpu.serving.local_metrics import Metrics
@@ -133,7 +134,7 @@ class LocalEngine:
     def _load(self) -> None:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # on a busy machine, two threads wait for each other
-        tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = load_limited(str(self._folder), str(self._folder))
         model = AutoModelForCausalLM.from_pretrained(
             self._folder, dtype=self._dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )

@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
+import httpx
 import psutil
 import pytest
 
@@ -18,6 +20,7 @@ from gemma4_tpu.data.chat import ChatFormat
 from gemma4_tpu.data.tokenizer import limited_parts, load_tokenizer
 from gemma4_tpu.errors import REFUSED, UserError
 from tests.data.conftest import chat_row
+from tests.serving import free_port
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -47,8 +50,8 @@ import sys
 from gemma4_tpu.data import chat, timeout, tokenizer
 timeout.ROW_SECONDS, chat.SECONDS, tokenizer.SECONDS = {SOFT}, {HARD}, {HARD}
 tokenizer.BYTES = 2**30
-from gemma4_tpu import evaluate, train
-sys.exit({{"train": train, "evaluate": evaluate}}[sys.argv[1]].main(sys.argv[2:]))
+from gemma4_tpu import evaluate, serve, train
+sys.exit({{"train": train, "evaluate": evaluate, "serve": serve}}[sys.argv[1]].main(sys.argv[2:]))
 """
 
 
@@ -166,6 +169,30 @@ def test_evaluation_ends_in_one_message_too(hostile, checkpoint, write_jsonl, tm
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == KILLED and ("splits" in hostile or told.startswith("error: problem "))
     assert f"{'tokenizer' if 'splits' in hostile else 'chat template'} of {folder} takes more than 1.5" in told
+
+
+@pytest.mark.slow
+def test_the_embedded_server_ends_in_one_message(checkpoint, tmp_path):
+    folder, port = checkpoint(splits=SLOW), free_port()
+
+    def ask():
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            while True:
+                try:
+                    if client.get("/health").status_code == httpx.codes.OK:
+                        client.post("/tokenize", json={"prompt": "a" * 1000})
+                        return
+                except httpx.RemoteProtocolError:  # it has ended
+                    return
+                except httpx.TransportError:
+                    time.sleep(0.1)
+
+    threading.Thread(target=ask, daemon=True).start()
+    words = ["serving=local", f"run={folder}", f"serving.port={port}", f"run_dir={tmp_path / 'record'}"]
+    done = run("serve", *words, cwd=tmp_path)
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == KILLED and len(told) == 1
+    assert told[0].startswith(f"error: the tokenizer of {folder} takes more than 1.5")
 
 
 @pytest.mark.slow
