@@ -108,12 +108,12 @@ class MeshSizes(NamedTuple):
 
     @classmethod
     def recorded(cls, sizes: Mapping[str, int]) -> MeshSizes:
-        """Those of a record; old ones know no `dp`."""
+        """Sizes from a record; old records have no `dp`."""
         return cls(**{"dp": 1, **sizes})
 
     @property
     def record(self) -> dict[str, int]:
-        """As records have it: without `cp` where rows stay whole, which once was all there was."""
+        """For records: `cp` is omitted when 1, as in records that predate it."""
         return {axis: size for axis, size in self._asdict().items() if axis != "cp" or size > 1}
 
     @property

@@ -92,7 +92,7 @@ def _serve(loaded: Loaded[JudgeRoot, Nothing]) -> int:
 
 
 def _end_with_the_input() -> None:
-    """The parent holds the other end of stdin: when it is gone, however, this ends too."""
+    """Ends this process when the parent, which holds the other end of stdin, is gone."""
     while os.read(sys.stdin.fileno(), 4096):  # unbuffered: a lock on a buffer would be in the way at the end
         pass
     os.kill(os.getpid(), signal.SIGTERM)
