@@ -3,8 +3,8 @@
     python docs/unsourced_figures.py
 
 A figure is *measured*, *estimated* or *quoted*: one of these words is in its paragraph or the one before or after it,
-as with tables, or a link to the record is in its own. `NEED_NONE` names the paragraphs that were read by a person and need none, with the reason; a test holds
-that there is no other.
+as with tables, or a link to the record is in its own. `NEED_NONE` names the paragraphs that were read by a person and
+need none, with the reason; a test holds that there is no other.
 """
 
 from __future__ import annotations
