@@ -197,7 +197,7 @@ def send_again(number: int) -> None:
 
 def leave(code: int) -> NoReturn:
     """Ends the process of a command: at once after an interruption, because computations may still be running and crash
-    when Python tears down JAX beneath them; likewise if storage is gone, because requests to it never end.
+    when Python tears down JAX beneath them; and if storage is gone, because requests to it never end.
     """
     if code in (INTERRUPTED, TERMINATED, STORAGE_GONE):
         exit_now(code)

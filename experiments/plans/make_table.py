@@ -104,7 +104,7 @@ def meshes(arch: Architecture, wanted: Slice) -> list[MeshSizes]:
 
 
 def make(cell: Cell) -> str:
-    """Plans one cell; returns what came of it."""
+    """Plans one cell; returns the outcome in words."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "plan"
         command = [sys.executable, "-m", "gemma4_tpu.plan", *cell.words, f"run_dir={run_dir}"]
