@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from gemma4_tpu.children import end_with_parent
 from gemma4_tpu.config.sweeps import Slurm
 from gemma4_tpu.errors import PREEMPTED, TERMINATED, UserError
 from gemma4_tpu.sweeping.job_process import Child
@@ -162,6 +163,8 @@ def _stop(script: Path) -> Path:
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False, preexec_fn=end_with_parent
+        )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: no answer within {_ANSWER_SECONDS} s")
