@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from typing import Protocol
 
+from gemma4_tpu.children import end_with_parent
 from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.serving.checks import ServeChecked
@@ -33,8 +32,6 @@ _LEAVING_SECONDS = 5.0
 """A process whose log has ended exits soon after."""
 _LEFT_SECONDS = 2.0
 """What an ended vLLM has left gets this long to end by itself: Python's tracker then frees its memory in /dev/shm."""
-_PR_SET_PDEATHSIG = 1
-_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 class VllmRunner(Protocol):
@@ -198,9 +195,3 @@ class ProcessRunner:
         except ProcessLookupError:
             return False
         return True
-
-
-def end_with_parent() -> None:
-    """Makes the kernel end this process together with its parent; for `preexec_fn`."""
-    if _prctl is not None:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
