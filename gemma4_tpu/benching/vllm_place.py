@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from gemma4_tpu.children import run_logged
 from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.scratch import scratch_folder
 from gemma4_tpu.serving.command import MODEL_MOUNT, container_name, inherited, process_environment, shown
 from gemma4_tpu.serving.engine import ContainerEngine, exec_words
 
@@ -40,7 +38,7 @@ class VllmPlace(Protocol):
 
         Args:
           words: the words after `vllm`.
-          output: file for the client's output.
+          output: file for the client's output, which is kept without secrets.
         """
 
 
@@ -103,16 +101,8 @@ class OnThisMachine:
 
     def run(self, words: Sequence[str], output: Path) -> tuple[int, str | None]:
         """Runs the client, with its result in a temporary folder."""
-        with tempfile.TemporaryDirectory() as folder, open(output, "ab") as file:
-            process = subprocess.Popen(
-                [self._executable, *words, *_result_words(folder)], stdin=subprocess.DEVNULL, stdout=file,
-                stderr=subprocess.STDOUT, env=inherited() | self._environment, start_new_session=True,
-            )  # fmt: skip
-            try:
-                code = process.wait()
-            except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                raise
-            result = Path(folder, _RESULT)
+        with scratch_folder() as folder:
+            command = [self._executable, *words, *_result_words(str(folder))]
+            code = run_logged(command, output, inherited() | self._environment)
+            result = folder / _RESULT
             return code, result.read_text(encoding="utf-8") if code == 0 and result.is_file() else None

@@ -24,11 +24,9 @@ import numpy as np
 from gemma4_tpu.data import markup
 from gemma4_tpu.data.drops import RowDropped, unreadable
 from gemma4_tpu.data.forms import Conversation
-from gemma4_tpu.data.hard_limit import BYTES, SECONDS, hard_limit
 from gemma4_tpu.data.pictures import Picture, pictures_of
 from gemma4_tpu.data.proof import Prover, Span
-from gemma4_tpu.data.timeout import memory_limit, row_limit
-from gemma4_tpu.data.tokenizer import encode
+from gemma4_tpu.data.tokenizer import apply_template, encode
 from gemma4_tpu.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -114,7 +112,6 @@ class ChatFormat:
                 f"the tokenizer has no {' and '.join(missing) or 'BOS token'}: it is not a Gemma 4 tokenizer"
             )
         self._tokenizer = tokenizer
-        self._template = f"the chat template of {tokenizer.name_or_path}", "use the original checkpoint's template"
         self._keep_thoughts = thoughts == "train"
         self._train_on = train_on
         control = markup.control_tokens(tokenizer)
@@ -296,16 +293,8 @@ class ChatFormat:
         return self._control.split(before)[-1].partition("\n")[2].lstrip(), self._control.split(behind)[0].rstrip()
 
     def _apply(self, messages: list[Message], tools: list[Any] | None, **options: Any) -> str:
-        try:
-            # Wherever it is rendered: a template comes with a checkpoint.
-            with hard_limit(*self._template, seconds=SECONDS, most_bytes=BYTES), row_limit(), memory_limit():
-                text = self._tokenizer.apply_chat_template(
-                    messages, tools=tools or None, tokenize=False, enable_thinking=self._keep_thoughts, **options
-                )
-        except RowDropped:
-            raise
-        except Exception as error:  # a template's own code can raise anything
-            raise RowDropped("template_error", f"{type(error).__name__}: {error}"[:120]) from error
+        options |= {"tools": tools or None, "enable_thinking": self._keep_thoughts}
+        text = apply_template(self._tokenizer, messages, **options)
         if pictures := pictures_of(messages):
             text = self._with_pictures(text, pictures)
         bos = self._tokenizer.bos_token

@@ -34,7 +34,7 @@ def record_start(slot: int) -> int:
     return COUNTERS.size + slot * RECORD_BYTES
 
 
-def _bytes_of_its_own(process: int) -> int:
+def bytes_of_its_own(process: int) -> int:
     """Resident memory without files that are mapped, such as weights that another thread reads."""
     try:
         with open(f"/proc/{process}/statm", "rb") as file:
@@ -56,7 +56,7 @@ def _oversee(shared: mmap.mmap, parent: int, signal_number: int) -> None:
             if not count % 2:
                 since.pop(slot, None)
                 continue
-            resident = _bytes_of_its_own(parent)
+            resident = bytes_of_its_own(parent)
             seen, seconds, started_with = since.get(slot, (0, 0.0, 0))
             if seen != count:
                 since[slot] = (count, 0.0, resident)

@@ -13,7 +13,9 @@ import numpy as np
 
 from gemma4_tpu import assets
 from gemma4_tpu.data import markup
+from gemma4_tpu.data.drops import RowDropped
 from gemma4_tpu.data.hard_limit import BYTES, SECONDS, hard_limit
+from gemma4_tpu.data.timeout import memory_limit, row_limit
 from gemma4_tpu.errors import UserError, first_line
 from gemma4_tpu.new_tokens import places, rewritten
 from gemma4_tpu.scratch import scratch_folder
@@ -120,6 +122,26 @@ def tokenizer_limit(folder: str, characters: int) -> Iterator[None]:
         if type(error).__name__ != "PanicException":  # of Rust, and not an Exception
             raise
         raise UserError(f"{who} fails ({first_line(error)}); {_REMEDY}") from None
+
+
+def apply_template(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+    """A conversation as the tokenizer's template renders it. Always limited: a template comes with a checkpoint.
+
+    Raises:
+      RowDropped: the template fails, or takes too long or too much memory.
+    """
+    who = f"the chat template of {tokenizer.name_or_path}"
+    try:
+        with (
+            hard_limit(who, "use the original checkpoint's template", seconds=SECONDS, most_bytes=BYTES),
+            row_limit(),
+            memory_limit(),
+        ):
+            return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except RowDropped:
+        raise
+    except Exception as error:  # a template's own code can raise anything
+        raise RowDropped("template_error", f"{type(error).__name__}: {error}"[:120]) from error
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:

@@ -7,29 +7,34 @@ a second start resumes.
 
 from __future__ import annotations
 
+import json
 import logging
-import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from gemma4_tpu import assets
+from gemma4_tpu.children import run_logged
 from gemma4_tpu.config.tasks import EvalConfig
+from gemma4_tpu.data.drops import RowDropped
+from gemma4_tpu.data.overseer import bytes_of_its_own
+from gemma4_tpu.data.tokenizer import apply_template, encode, load_tokenizer
 from gemma4_tpu.errors import UserError, last_words
 from gemma4_tpu.evals.checks import LM_EVAL, find_command
 from gemma4_tpu.evals.endpoint import served_model
 from gemma4_tpu.evals.harness import HarnessOutcome, read_written, write_documents
-from gemma4_tpu.serving.runners import end_with_parent
-from gemma4_tpu.tracking.files import write_text
+from gemma4_tpu.scratch import scratch_folder
+from gemma4_tpu.tracking.files import jsonable, write_json, write_text
 
 log = logging.getLogger(__name__)
 
 TOLD, LOG, WRITTEN, CACHE = "lm_eval.yaml", "lm_eval.log", "lm_eval", "responses"
-END_SECONDS = 10.0
+SILENT_SECONDS = 1800.0
+"""In addition to what a request with all its retries can take; lm_eval prints a bar while it works."""
 _BAR = "%|"  # in every line of a progress bar, which can follow the last words
 
 
@@ -46,14 +51,14 @@ def run_harness(config: EvalConfig, tokenizer: str, folder: Path) -> HarnessOutc
     """
     model = served_model(config)
     told = arguments(config, tokenizer, folder, model)
-    text = yaml.safe_dump(told, sort_keys=False)
-    write_text(folder / TOLD, text)
+    write_text(folder / TOLD, yaml.safe_dump(told, sort_keys=False))
+    try_tokenizer(tokenizer, config)
     log.info("lm_eval: %s on %s; its log: %s", ", ".join(config.lm_eval.tasks), model["id"], folder / LOG)
     started = time.perf_counter()
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as whole:  # the record's is without secrets
-        whole.write(text)
-        whole.flush()
-        _run([find_command() or LM_EVAL, "run", "--config", whole.name], folder / LOG)
+    with scratch_folder() as scratch:  # lm_eval needs its configuration with secrets, and repeats it in its results
+        (scratch / TOLD).write_text(yaml.safe_dump(told | {"output_path": str(scratch / WRITTEN)}), encoding="utf-8")
+        _run([find_command() or LM_EVAL, "run", "--config", str(scratch / TOLD)], folder / LOG, config, tokenizer)
+        _keep(scratch / WRITTEN, folder / WRITTEN)
     version, tasks, values = read_written(folder / WRITTEN)
     settings = {
         "endpoint": config.endpoint, "model": model["id"], "tokenizer": tokenizer, "limit": config.max_problems,
@@ -84,23 +89,52 @@ def arguments(config: EvalConfig, tokenizer: str, folder: Path, model: dict[str,
     }  # fmt: skip
 
 
-def _run(command: Sequence[str], log_path: Path) -> None:
-    """Runs a command and waits for it; it ends with this process, however that ends."""
-    with log_path.open("w", encoding="utf-8") as printed:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT, preexec_fn=end_with_parent
-        )
+def try_tokenizer(folder: str, config: EvalConfig) -> None:
+    """Renders and encodes a question as lm_eval will, within the limits of our own evaluations.
+
+    Raises:
+      UserError: the tokenizer cannot be loaded, or its template refuses the question.
+    """
+    tokenizer, text = load_tokenizer(folder), "x"
+    if config.lm_eval.chat_template:
+        system = [{"role": "system", "content": config.system}] if config.system else []
         try:
-            code = process.wait()
-        except BaseException:
-            process.terminate()
-            try:
-                process.wait(END_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            raise
-    if code:
-        lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+            text = apply_template(tokenizer, [*system, {"role": "user", "content": text}], add_generation_prompt=True)
+        except RowDropped as problem:
+            raise UserError(f"{folder}: the chat template cannot render a question ({problem})") from problem
+    encode(tokenizer, [text])
+
+
+def _run(command: Sequence[str], path: Path, config: EvalConfig, tokenizer: str) -> None:
+    """Runs lm_eval, and ends it if it hangs or fills memory, whatever a question makes of template and tokenizer."""
+    path.unlink(missing_ok=True)
+    silent_seconds = SILENT_SECONDS + (config.retries + 1) * config.request_timeout_seconds
+    most_bytes = psutil.virtual_memory().available // 2
+    remedy = (
+        f"if others fare better with it, use the original checkpoint's tokenizer (not {tokenizer}); its log: {path}"
+    )
+
+    def watch(pid: int, silent: float) -> None:
+        if silent > silent_seconds:
+            raise UserError(f"lm_eval has printed nothing for {silent_seconds:,.0f} s and was ended; {remedy}")
+        if bytes_of_its_own(pid) > most_bytes:
+            told = f"more than {most_bytes / 2**30:.1f} GiB, half of the memory that was free"
+            raise UserError(f"lm_eval took {told}, and was ended; {remedy}")
+
+    if code := run_logged(command, path, watch=watch):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         said = last_words("\n".join(line for line in lines if _BAR not in line))
-        raise UserError(f"lm_eval ended with code {code}: {said}; see its log: {log_path}")
+        raise UserError(f"lm_eval ended with code {code}: {said}; see its log: {path}")
+
+
+def _keep(written: Path, folder: Path) -> None:
+    """Copies lm_eval's own files (JSON, and JSONL for samples) without secrets."""
+    for path in sorted(path for path in written.rglob("*.json*") if path.is_file()):
+        place = folder / path.relative_to(written)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            write_json(place, json.loads(text))
+        else:
+            rows = (json.loads(line) for line in text.split("\n") if line)
+            write_text(place, "".join(json.dumps(jsonable(row)) + "\n" for row in rows))

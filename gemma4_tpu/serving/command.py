@@ -13,7 +13,7 @@ from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.serving.adapter_checks import lora_rank
 from gemma4_tpu.serving.checks import ServeChecked, name_of
 from gemma4_tpu.serving.drafter_checks import SPECULATION, speculation
-from gemma4_tpu.serving.flag_checks import HANDED_ON
+from gemma4_tpu.serving.flag_checks import HANDED_ON, NO_REMOTE_CODE
 from gemma4_tpu.serving.model_checks import platform_of
 
 MODEL_MOUNT, ADAPTER_MOUNT, DRAFTER_MOUNT, CACHE_MOUNT = "/model", "/adapters", "/drafter", "/cache"
@@ -118,7 +118,8 @@ def serve_words(
     own |= _weights(serving, checked)
     lora = _lora_words(checked, adapters) if adapters else []
     flags = serving.flags | ({SPECULATION: speculation(serving, drafter)} if drafter else {})
-    return ["serve", model, *_flag_words(own), *lora, *_flag_words(flags), *serving.extra_args]
+    # The last word counts: nothing before it can make vLLM run a checkpoint's code.
+    return ["serve", model, *_flag_words(own), *lora, *_flag_words(flags), *serving.extra_args, NO_REMOTE_CODE]
 
 
 def _lora_words(checked: ServeChecked, folders: Sequence[str]) -> list[str]:

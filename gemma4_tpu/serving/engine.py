@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemma4_tpu.children import end_with_parent, run_logged
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.redact import redact
 
@@ -76,7 +77,7 @@ class ContainerEngine:
         """Pulls the image; the engine's progress goes to stderr."""
         done = subprocess.run(
             [*self._words, "pull", image], stdin=subprocess.DEVNULL, stdout=STDERR,
-            stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
+            stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True, preexec_fn=end_with_parent,
         )  # fmt: skip
         if done.returncode:
             raise self._refusal("pull", done.stderr)
@@ -95,7 +96,7 @@ class ContainerEngine:
         """Follows the container's output, from start to end."""
         return subprocess.Popen(
             [*self._words, "logs", "--follow", container], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent,
         )  # fmt: skip
 
     def state(self, container: str) -> State:
@@ -104,21 +105,11 @@ class ContainerEngine:
         return State(bool(told["Running"]), int(told["ExitCode"]), bool(told.get("OOMKilled")))
 
     def execute(self, container: str, words: Sequence[str], output: Path) -> int:
-        """Runs a command in the container, appends its output to a file, and returns its exit code.
+        """Runs a command in the container, appends its output to a file without secrets, and returns its exit code.
 
         Ending this process does not end the command, which belongs to the container.
         """
-        with open(output, "ab") as file:
-            process = subprocess.Popen(
-                [*self._words, *exec_words(container, words)], stdin=subprocess.DEVNULL, stdout=file,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-            try:
-                return process.wait()
-            except BaseException:
-                process.kill()
-                process.wait()
-                raise
+        return run_logged([*self._words, *exec_words(container, words)], output)
 
     def ask_inside(self, container: str, words: Sequence[str]) -> str | None:
         """Output of a short command in the container; None if it failed."""
@@ -137,7 +128,7 @@ class ContainerEngine:
         try:
             return subprocess.run(
                 [*self._words, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-                timeout=timeout, start_new_session=True,
+                timeout=timeout, start_new_session=True, preexec_fn=end_with_parent,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise UserError(f"{self._command} {words[0]}: no answer within {timeout:.0f} s") from None

@@ -34,8 +34,12 @@ OWN_FLAGS = {
 _RENAMED = {"disable-log-requests": "no-enable-log-requests (it was renamed; requests are not logged by default)"}
 _SECRET = re.compile(r"(^|_)(token|key|secret|password)$", re.IGNORECASE)
 _LORA = re.compile(r"-{0,2}(no-)?(enable[-_]lora|lora[-_]\w+|max[-_]loras?\b.*|default[-_]mm[-_]loras)", re.IGNORECASE)
-_REMOTE_CODE = "trust-remote-code"
+_SECRETS = {"api-key": "VLLM_API_KEY", "hf-token": "HF_TOKEN"}
+"""Flag → the variable that vLLM reads instead."""
+_REMOTE_CODE, NO_REMOTE_CODE = "trust-remote-code", "--no-trust-remote-code"
 _NO_REMOTE_CODE = "would run code from a checkpoint, which Gemma 4 does not need: leave it out"
+_FILE = "config"
+_NO_FILE = "the flags in a file of vLLM's would be unchecked; give them as serving.flags"
 _PARSERS = ("tool-call-parser", "reasoning-parser")
 _PARSER = "gemma4"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -82,14 +86,16 @@ def _flags(serving: ServingConfig) -> list[str]:
     messages = []
     checked = serving.runner == "process" or re.fullmatch(KNOWN_IMAGES, serving.image) is not None
     for name, value in serving.flags.items():
-        given = f"serving.flags.{name}"
-        if _LORA.fullmatch(name):
+        given, meant = f"serving.flags.{name}", _meant(name)
+        if any(map(_LORA.fullmatch, meant)):
             messages.append(f"{given}: {LORA_FLAGS}")
-        elif name in ("api-key", "hf-token"):
-            variable = {"api-key": "VLLM_API_KEY", "hf-token": "HF_TOKEN"}[name]
+        elif secret := meant & _SECRETS.keys():
+            variable = _SECRETS[secret.pop()]
             messages.append(f"{given}: every user can read command lines; set {variable} in the environment instead")
-        elif name == _REMOTE_CODE and value is not False:
+        elif _REMOTE_CODE in meant and value is not False:
             messages.append(f"{given}: {_NO_REMOTE_CODE}")
+        elif _FILE in meant:
+            messages.append(f"{given}: {_NO_FILE}")
         elif name in OWN_FLAGS:
             messages.append(f"{given}: give {OWN_FLAGS[name]} instead")
         elif name in _PARSERS and value not in (None, _PARSER):
@@ -102,12 +108,15 @@ def _flags(serving: ServingConfig) -> list[str]:
         elif checked and value is False and f"no-{name}" not in known_flags():
             messages.append(f"{given}=false: vllm serve 0.32 has no --no-{name}; null leaves the flag out")
     for word in serving.extra_args:
-        if _LORA.fullmatch(word.partition("=")[0]):
-            messages.append(f"serving.extra_args: {word.partition('=')[0]}: {LORA_FLAGS}")
-        elif word.partition("=")[0] in ("--api-key", "--hf-token"):
-            messages.append(f"serving.extra_args: {word.partition('=')[0]}: secrets come from the environment, by name")
-        elif word.partition("=")[0].lstrip("-").replace("_", "-") == _REMOTE_CODE:
+        flag, meant = word.partition("=")[0], _meant(word) if word.startswith("--") else set()
+        if any(map(_LORA.fullmatch, meant)):
+            messages.append(f"serving.extra_args: {flag}: {LORA_FLAGS}")
+        elif meant & _SECRETS.keys():
+            messages.append(f"serving.extra_args: {flag}: secrets come from the environment, by name")
+        elif _REMOTE_CODE in meant:
             messages.append(f"serving.extra_args: {word}: {_NO_REMOTE_CODE}")
+        elif _FILE in meant:
+            messages.append(f"serving.extra_args: {flag}: {_NO_FILE}")
     if serving.weight_dtype == "fp8" and {"additional-config", "quantization"} & serving.flags.keys():
         messages.append("serving.weight_dtype=fp8: set either this, or serving.flags.additional-config or quantization")
     on_tpu = serving.slice in SLICES and platform_of(serving) == "tpu"
@@ -117,6 +126,14 @@ def _flags(serving: ServingConfig) -> list[str]:
             " serving.env.MODEL_IMPL_TYPE=vllm weights would silently stay bfloat16; set serving.weight_dtype=bfloat16"
         )
     return messages
+
+
+def _meant(word: str) -> set[str]:
+    """The flags that vLLM's parser could take a word for: it completes beginnings, takes `_` for `-`, and reads
+    `--flag.key` as a part of `--flag`.
+    """
+    name = re.split(r"[=.]", word.lstrip("-"), maxsplit=1)[0].replace("_", "-")
+    return {name} if name in known_flags() or not name else {name, *(f for f in known_flags() if f.startswith(name))}
 
 
 def _no_such_flag(name: str) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import logging
 import queue
 import re
 import subprocess
@@ -13,14 +11,10 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
-from gemma4_tpu.redact import redact
-
-log = logging.getLogger(__name__)
+from gemma4_tpu.children import kept_lines
 
 _END = object()
-_SPLIT = re.compile(rb"[\r\n]+")
 LAST_LINES = 20
 RAISED_LINES = 8
 _RAISED = re.compile(r"(?P<process>\((?!APIServer)\S+ pid=\d+\)) ERROR .*?\] (?P<told>[\w.]+(?:Error|Exception): .*)")
@@ -37,7 +31,6 @@ class ServerLog:
         self._process, self._path = process, path
         self._lines: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._read, name="server-log", daemon=True)
-        self._kept = True
         self.ended = False
         """The container has printed its last line."""
         self.last: deque[str] = deque(maxlen=LAST_LINES)
@@ -86,28 +79,10 @@ class ServerLog:
             self._raises = None
 
     def _read(self) -> None:
-        pipe = self._process.stdout
-        assert isinstance(pipe, io.BufferedReader)
-        rest = b""
         with open(self._path, "ab", buffering=0) as file:
-            while block := pipe.read1(65536):
-                *whole, rest = _SPLIT.split(rest + block)
-                for raw in whole:
-                    self._take(raw, file)
-            self._take(rest, file)
+            for line in kept_lines(self._process.stdout, file):
+                self._lines.put(line)
         self._lines.put(_END)
-
-    def _take(self, raw: bytes, file: BinaryIO) -> None:
-        line = redact(raw.decode(errors="replace").rstrip())
-        if not line:
-            return
-        self._lines.put(line)
-        if self._kept:
-            try:
-                file.write(f"{line}\n".encode())
-            except OSError as error:
-                self._kept = False
-                log.warning("%s: can't be written any more (%s)", self._path, error.strerror)
 
 
 class Stages:

@@ -17,6 +17,7 @@ from gemma4_tpu.serving.checks import examine_serve
 from gemma4_tpu.serving.command import container_name, run_words
 from gemma4_tpu.serving.engine import ContainerEngine
 from tests.benching.conftest import cell
+from tests.training.test_security import PLANTED, leaks
 
 FEW = ["bench=vllm", "bench.requests=6", "bench.warmup_requests=0"]
 CELLS = [*FEW, "bench.lengths=[[16,6]]", "bench.rates=[20,inf]"]
@@ -101,6 +102,16 @@ def test_users_and_failures_that_run_again(record, bench, docker):
     assert [call[call.index("--max-concurrency") + 1] for call in asked] == ["2"] * 5  # two that failed, three rounds
     assert [call[call.index("--num-prompts") + 1] for call in asked] == ["12"] * 5
     assert len({call[call.index("--seed") + 1] for call in asked}) == 5  # other prompts each time
+
+
+def test_a_login_in_the_servers_url_stays_there(record, bench, port):
+    """vLLM's client begins its output with all that it was given."""
+    url = f"http://me:{PLANTED[-3]}@127.0.0.1:{port}"
+    words = [f"served={record}", f"endpoint={url}", *FEW, "bench.lengths=[[16,4]]", "bench.rates=[inf]"]
+    code, folder, out, err = bench(None, *words)
+    assert code == 0 and leaks(folder, out, err) == []
+    said = (folder / "cross_check/in16_out4_rateinf.log").read_text()
+    assert said.startswith("Namespace(") and f"base_url='http://***@127.0.0.1:{port}'" in said
 
 
 def test_one_that_is_interrupted_leaves_no_client_behind(record, bench, docker):

@@ -22,6 +22,7 @@ from gemma4_tpu.data.tokenizer import limited_parts, load_tokenizer
 from gemma4_tpu.errors import OVERRUN, REFUSED, UserError
 from gemma4_tpu.tracking.records import result_of
 from tests.data.conftest import chat_row
+from tests.evals.server import Server
 from tests.serving import free_port
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -49,8 +50,8 @@ SOFT, HARD = 0.5, 1.5  # seconds
 KILLED = OVERRUN  # by the signal of this number
 RUN = f"""
 import sys
-from gemma4_tpu.data import chat, timeout, tokenizer
-timeout.ROW_SECONDS, chat.SECONDS, tokenizer.SECONDS = {SOFT}, {HARD}, {HARD}
+from gemma4_tpu.data import timeout, tokenizer
+timeout.ROW_SECONDS, tokenizer.SECONDS = {SOFT}, {HARD}
 tokenizer.BYTES = 2**30
 from gemma4_tpu import evaluate, serve, train
 sys.exit({{"train": train, "evaluate": evaluate, "serve": serve}}[sys.argv[1]].main(sys.argv[2:]))
@@ -131,6 +132,21 @@ def test_a_template_that_cannot_be_interrupted_ends_in_one_message(kind, checkpo
     else:  # in an expression of constants, which jinja computes before the first row
         assert done.returncode == (KILLED if "the chat template of" in told[0] else REFUSED) and len(told) == 1
         assert "cannot render a single question (too_" in told[0] or "the chat template of" in told[0]
+
+
+def test_lm_eval_is_not_started_with_a_template_that_cannot_be_interrupted(checkpoint, tmp_path, monkeypatch):
+    folder, started = checkpoint(template=TEMPLATES["comparison"]), tmp_path / "started"
+    program = tmp_path / "bin/lm_eval"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {started}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    with Server(lambda *_: "5") as server:
+        words = ["eval=lm_eval", "eval.tasks=[toy]", f"model.tokenizer={folder}", f"eval.endpoint={server.url}"]
+        done = run("evaluate", *words, "eval.system=go", f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == KILLED and len(told) == 1 and not started.exists()
+    assert told[0].startswith(f"error: the chat template of {folder} takes more than {HARD:g} s, and cannot be")
 
 
 def test_a_tokenizer_that_backtracks_for_hours_ends_in_one_message(checkpoint, write_jsonl, tmp_path):

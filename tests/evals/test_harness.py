@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from gemma4_tpu.evals.scores import EvaluationOutcome, ProblemOutcome
 from gemma4_tpu.evaluate import main
 from tests.evals.server import Server
 from tests.fetched import locked
+from tests.training.test_security import PLANTED, SECRETS, leaks
 
 COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "milk": "white", "leaf": "green"}
 TASK = {
@@ -59,6 +61,7 @@ class ScoringServer(Server):
 
 @pytest.mark.slow
 def test_the_real_one_scores_two_models_and_they_are_compared(tasks, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MY_SERVICE_PASSWORD", SECRETS["MY_SERVICE_PASSWORD"])
     if find_command() is None:
         monkeypatch.setenv("PATH", f"{locked('lm_eval')}{os.pathsep}{os.environ['PATH']}")
     blind = dict.fromkeys(COLOURS, "green")
@@ -66,7 +69,8 @@ def test_the_real_one_scores_two_models_and_they_are_compared(tasks, tmp_path, c
         with ScoringServer(likes) as server:
             words = [
                 "eval=lm_eval", "eval.tasks=[toy_colours]", f"eval.lm_eval.include={tasks}",
-                "model.tokenizer=embedded:tiny", f"eval.endpoint={server.url}", f"run_dir={tmp_path / name}",
+                "model.tokenizer=embedded:tiny", f"eval.endpoint={server.url}",
+                f"eval.system={SECRETS['MY_SERVICE_PASSWORD']}", f"run_dir={tmp_path / name}",
             ]  # fmt: skip
             assert main(words) == 0, capsys.readouterr()
             assert len(server.bodies) == 4 * len(COLOURS)
@@ -75,6 +79,7 @@ def test_the_real_one_scores_two_models_and_they_are_compared(tasks, tmp_path, c
                 assert len(server.bodies) == 4 * len(COLOURS)  # a second start finds all answers in the cache
     found = HarnessOutcome.read(tmp_path / "tuned").tasks["toy_colours"]
     assert (found.version, found.documents, found.metrics["acc,none"].value) == ("1.0", 6, 1.0)
+    assert leaks(tmp_path) == []
     assert "<|turn>user" in next((tmp_path / "tuned/lm_eval").rglob("samples_*")).read_text()
     assert "| toy\\_colours | 1.0 |" in (tmp_path / "tuned/report.md").read_text()
     assert "toy_colours  acc,none ↑  1.0000 ± 0.0000" in capsys.readouterr().out
@@ -82,9 +87,79 @@ def test_the_real_one_scores_two_models_and_they_are_compared(tasks, tmp_path, c
     said = capsys.readouterr().out
     assert "toy_colours, acc,none: A 0.3333, B 1.0000: -0.6667" in said and "paired by document: worse" in said
     with ScoringServer(blind) as server:
-        words = [*words[:-2], f"eval.endpoint={server.url}", f"run_dir={tmp_path / 'absent'}"]
+        words = [*words[:-3], f"eval.endpoint={server.url}", f"run_dir={tmp_path / 'absent'}"]
         assert main([*words, "eval.tasks=[no_such_task]"]) == 2
     assert "no_such_task" in capsys.readouterr().err
+
+
+PLAYED = """
+import json, os, pathlib, sys, time, yaml
+told = yaml.safe_load(open(sys.argv[sys.argv.index("--config") + 1]))
+print(told, "and", os.environ["HF_TOKEN"], flush=True)
+if {hangs}:
+    time.sleep(600)
+if {fills}:
+    kept = []
+    while True:
+        kept.append(b"x" * 2**24)
+place = pathlib.Path(told["output_path"], "m")
+place.mkdir(parents=True)
+found = {{"results": {{"toy": {{"acc,none": 1.0}}}}, "config": told, "lm_eval_version": "0.4.13"}}
+(place / "results_1.json").write_text(json.dumps(found))
+row = {{"doc_id": 0, "filter": "none", "metrics": ["acc"], "acc": 1.0, "arguments": told["system_instruction"]}}
+(place / "samples_toy_1.jsonl").write_text(json.dumps(row) + "\\n")
+"""
+
+
+@pytest.fixture
+def played(tmp_path, monkeypatch):
+    """Runs `evaluate` with a played lm_eval: it prints its configuration, and repeats it in its results."""
+    program = tmp_path / "lm_eval"
+    for where in ("checks", "harness_job"):
+        monkeypatch.setattr(f"gemma4_tpu.evals.{where}.find_command", lambda: str(program))
+
+    def run(endpoint, *words, hangs=False, fills=False):
+        program.write_text(f"#!{sys.executable}\n{PLAYED.format(hangs=hangs, fills=fills)}")
+        program.chmod(0o755)
+        common = ["eval=lm_eval", "eval.tasks=[toy]", "model.tokenizer=embedded:tiny", f"run_dir={tmp_path / 'run'}"]
+        return main([*common, f"eval.endpoint={endpoint}", *words])
+
+    return run
+
+
+def test_secrets_that_lm_eval_is_given_are_in_no_file_of_ours(played, tmp_path, capsys, monkeypatch):
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    said = [SECRETS["WANDB_API_KEY"], f"Authorization: Bearer {PLANTED[-1]}"]
+    with ScoringServer(COLOURS) as server:
+        login = server.url.replace("://", f"://me:{PLANTED[-3]}@").removesuffix("/v1")
+        endpoint = f"{login}/{SECRETS['MY_SERVICE_PASSWORD']}/v1"
+        assert played(endpoint, f"eval.system='{' '.join(said)}'") == 0, capsys.readouterr()
+    printed = capsys.readouterr()
+    (tmp_path / "lm_eval").unlink()
+    assert leaks(tmp_path, printed.out, printed.err) == []
+    place = tmp_path / "run/lm_eval/m"
+    assert json.loads((place / "samples_toy_1.jsonl").read_text())["arguments"] == "*** Authorization: Bearer ***"
+    assert json.loads((place / "results_1.json").read_text())["config"]["model_args"]["base_url"].count("***") == 2
+    assert "system_instruction" in (tmp_path / "run/lm_eval.log").read_text()
+    assert HarnessOutcome.read(tmp_path / "run").tasks["toy"].metrics["acc,none"].value == 1.0
+
+
+def test_one_that_hangs_or_fills_memory_is_ended(played, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRETS["HF_TOKEN"])
+    monkeypatch.setattr("gemma4_tpu.evals.harness_job.SILENT_SECONDS", 0.5)
+    words = ["eval.request_timeout_seconds=0.1", "eval.retries=4"]
+    with ScoringServer(COLOURS) as server:
+        assert played(server.url, *words, hangs=True) == 2
+        told = capsys.readouterr().err
+        assert "lm_eval has printed nothing for 1 s and was ended" in told and "embedded:tiny is to blame" in told
+        free = type("Memory", (), {"available": 2**29})
+        monkeypatch.setattr("gemma4_tpu.evals.harness_job.psutil.virtual_memory", lambda: free)
+        assert played(server.url, fills=True) == 2
+        assert (
+            "lm_eval took more than 0.2 GiB, half of the memory that was free, and was ended" in capsys.readouterr().err
+        )
+    assert SECRETS["HF_TOKEN"] not in (tmp_path / "run/lm_eval.log").read_text()
 
 
 def outcome(values, stderr=None, **settings):

@@ -293,6 +293,7 @@ def bench(words: list[str]) -> None:
         flags[word.removeprefix("--")] = next(rest) if BENCH_FLAGS[word.removeprefix("--")] else True
     if not os.path.isfile(json.loads(os.environ["FAKE_MOUNTS"]).get(flags["model"], "/nowhere") + "/config.json"):
         fail(f"OSError: {flags['model']} is not a local folder")
+    print("Namespace(" + ", ".join(f"{name.replace('-', '_')}={flags[name]!r}" for name in flags) + ")", flush=True)
     time.sleep(play.get("sleep_seconds", 0))
     if "exit" in play:
         fail(play["line"], play["exit"])
@@ -317,7 +318,8 @@ def one(flags: dict, number: int, users: threading.Semaphore, outputs: list, pla
             return
         body = {"model": flags["served-model-name"], "prompt": "x", "stream": True,
                 "max_tokens": int(flags["random-output-len"])}  # fmt: skip
-        connection = http.client.HTTPConnection(urllib.parse.urlsplit(flags["base-url"]).netloc)
+        server = urllib.parse.urlsplit(flags["base-url"])
+        connection = http.client.HTTPConnection(server.hostname, server.port)
         connection.request("POST", "/v1/completions", json.dumps(body))
         chunks = (line for line in connection.getresponse() if line.startswith(b'data: {"choices": [{'))
         outputs[number] = [time.perf_counter() - sent for _ in chunks]

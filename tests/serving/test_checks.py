@@ -117,6 +117,7 @@ def test_the_papers_command(merged, dry_run, port):
         "vllm/vllm-tpu:v0.32.0", "serve", "/model", "--host", "127.0.0.1", "--port", str(port),
         "--served-model-name", "model", "--tensor-parallel-size", "8", "--max-model-len", "16384",
         "--gpu-memory-utilization", "0.9", "--disable-chunked-mm-input", "--reasoning-parser", "gemma4",
+        "--no-trust-remote-code",
     ]  # fmt: skip
 
 
@@ -146,7 +147,7 @@ def test_flags_become_words(merged, dry_run, monkeypatch):
     )  # fmt: skip
     assert "--no-enable-prefix-caching" in words and "--async-scheduling" not in words
     assert (after(words, "--seed"), after(words, "--limit-mm-per-prompt")) == ("3", '{"image":2}')
-    assert words[-2:] == ["--brand-new-flag", "7"]
+    assert words[-3:] == ["--brand-new-flag", "7", "--no-trust-remote-code"]
     assert "NUM_PRECOMPILE_WORKERS=8" in words and "HF_TOKEN" in words
     assert not any("hf_secret" in word for word in words)
     rules = json.loads(after(words, "--additional-config"))["quantization"]["qwix"]["rules"]
@@ -235,6 +236,24 @@ def test_refusals_of_flags_name_key_and_remedy_all_at_once(merged, refused):
         "11 problems",
     ):
         assert part in message, part
+
+
+@pytest.mark.parametrize("image", ["vllm/vllm-tpu:v0.32.0", "other/vllm:v0.33.0"])
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("serving.flags={trust_remote_code: true}", "serving.flags.trust-remote-code: would run code from"),
+        ("serving.flags={trust-rem: true}", "serving.flags.trust-rem: would run code from a checkpoint"),
+        ("serving.extra_args=[--trust-rem]", "serving.extra_args: --trust-rem: would run code from a checkpoint"),
+        ("serving.extra_args=['--trust_remote_code=true']", "--trust_remote_code=true: would run code"),
+        ("serving.flags={config: flags.yaml}", "serving.flags.config: the flags in a file of vLLM's would"),
+        ("serving.extra_args=[--config,flags.yaml]", "serving.extra_args: --config: the flags in a file of vLLM's"),
+        ("serving.extra_args=[--api-k,x]", "serving.extra_args: --api-k: secrets come from the environment"),
+        ("serving.extra_args=[--lora_mod,a]", "serving.extra_args: --lora_mod: serve adapters with"),
+    ],
+)  # fmt: skip
+def test_what_vllm_would_take_for_a_refused_flag_is_refused(merged, refused, image, given, told):
+    assert told in refused(merged(), f"serving.image={image}", given)
 
 
 @pytest.mark.parametrize(

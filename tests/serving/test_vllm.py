@@ -24,6 +24,7 @@ from gemma4_tpu.export.quantise import parts_of
 from gemma4_tpu.export.quantised_parity import dequantised
 from gemma4_tpu.export.schemes import SCHEMES
 from gemma4_tpu.models.tensorfile import Checkpoint
+from gemma4_tpu.serving.flag_checks import NO_REMOTE_CODE
 from tests.export.runs import make_run
 from tests.models.checkpoints import hf_logits
 from tests.serving.test_checks import recipe_words
@@ -279,7 +280,8 @@ for words in json.load(sys.stdin):
     args = parser.parse_args(words)
     command.validate(args)
     lora = [[module.name, module.path] for module in args.lora_modules or []]
-    print("parsed:", json.dumps([args.model_tag, args.max_model_len, args.reasoning_parser, lora]))
+    told = [args.model_tag, args.max_model_len, args.reasoning_parser, lora, args.trust_remote_code]
+    print("parsed:", json.dumps(told))
 """
 
 
@@ -297,13 +299,31 @@ def test_vllms_parser_takes_every_recipe(merged, adapted, port, capsys):
         assert serve.main(words) == 0
         told = shlex.split(capsys.readouterr().out.replace("\\\n", " "), comments=True)
         commands[number] = told[told.index("serve") :]
+    parsed = _parsed(commands)
+    assert len(parsed) == len(commands)
+    assert {reasoning for _, _, reasoning, _, _ in parsed} == {"gemma4"}
+    assert parsed[-1] == ["/model", 16384, "gemma4", [["x/0", "/adapters/0"], ["y/0", "/adapters/1"]], False]
+
+
+def _parsed(commands):
+    """What vLLM's parser makes of the words after `vllm`."""
     parser = [VLLM.parent / "python", "-c", _PARSE]
     done = subprocess.run(parser, input=json.dumps(commands), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    parsed = [json.loads(line[8:]) for line in done.stdout.splitlines() if line.startswith("parsed: ")]
-    assert len(parsed) == len(commands)
-    assert {reasoning for _, _, reasoning, _ in parsed} == {"gemma4"}
-    assert parsed[-1] == ["/model", 16384, "gemma4", [["x/0", "/adapters/0"], ["y/0", "/adapters/1"]]]
+    return [json.loads(line[8:]) for line in done.stdout.splitlines() if line.startswith("parsed: ")]
+
+
+def test_the_last_word_keeps_vllm_from_running_code_of_a_checkpoint(tmp_path):
+    """Also where the checks would let the others pass."""
+    (tmp_path / "flags.yaml").write_text("trust-remote-code: true\n")
+    ways = [
+        ["--trust-remote-code"],
+        ["--trust_remote_code"],
+        ["--trust-rem"],
+        ["--config", str(tmp_path / "flags.yaml")],
+    ]
+    trusted = _parsed([["serve", "/model", *way, *last] for last in ([], [NO_REMOTE_CODE]) for way in ways])
+    assert [told[-1] for told in trusted] == [True] * 4 + [False] * 4
 
 
 def test_the_name_that_the_makefile_gives_is_still_asked_for():
