@@ -46,6 +46,10 @@ class Counts:
     """Of each killed training: updates done that the next start has to do again."""
     unrecoverable: list[str] = field(default_factory=list)
     different: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    """Kills after which something else was not as documented."""
+    left_by_sigkill: int = 0
+    """SIGKILLs after which temporary files were left."""
     equal_weights: int = 0
     equal_metrics: int = 0
     equal_merges: int = 0
@@ -72,8 +76,10 @@ def page(counts: Counts, tallies: dict[str, Tally], command: str) -> str:
         ("final weights equal to the reference, bitwise", f"{counts.equal_weights} of {counts.series}"),
         ("metrics.jsonl equal to the reference, no gap or duplicate", f"{counts.equal_metrics} of {counts.series}"),
         ("merged models equal to the reference, bitwise", f"{counts.equal_merges} of {counts.series}"),
+        ("SIGKILLs that left temporary files", counts.left_by_sigkill),
         ("unrecoverable", len(counts.unrecoverable)),
         ("different results", len(counts.different)),
+        ("otherwise not as documented", len(counts.wrong)),
     ]
     others = [
         (name, *(tally.kills.get(number, 0) for number in ("SIGINT", "SIGTERM", "SIGUSR2", "SIGKILL")),
@@ -110,7 +116,12 @@ def page(counts: Counts, tallies: dict[str, Tally], command: str) -> str:
         ),
     ]  # fmt: skip
     lines += ["## Found by it, and mended", "", *(f"- {found}" for found in FOUND), ""]
-    wrong = [*counts.unrecoverable, *counts.different, *(line for tally in tallies.values() for line in tally.wrong)]
+    wrong = [
+        *counts.unrecoverable,
+        *counts.different,
+        *counts.wrong,
+        *(line for tally in tallies.values() for line in tally.wrong),
+    ]
     if wrong:
         lines += ["## Not as documented", "", *(f"- {_shortened(line)}" for line in wrong), ""]
     return "\n".join(lines)
