@@ -1,8 +1,8 @@
 """Kills every command at random moments, starts it again, and compares what comes of it with a run that was let be.
 
-    python benchmarks/chaos.py                       300 kills, an hour or so
-    python benchmarks/chaos.py --kills 5 --seconds 120 --commands train
-    python benchmarks/chaos.py --state chaos.json --write benchmarks/chaos.md
+    python -m benchmarks.chaos                       300 kills, an hour or two
+    python -m benchmarks.chaos --kills 5 --seconds 120 --commands train
+    python -m benchmarks.chaos --state chaos.json
 
 `--state` keeps the counts after each series: the same command adds to them. Training and merging are compared bit by
 bit here, the other commands (`killed_commands.py`) by what they leave. Each series of the former is one training run
@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.chaos_page import EVERY, KILLS_PER_COMMAND, UPDATES, Counts, page
 from benchmarks.killed_commands import scripted_server, subjects
 from benchmarks.killing import CODES, TRAINS, Killer, Process, Tally, has_left_files, problems
+from benchmarks.pages import measured
 
 TRAIN = [
     "lora.rank=2", "lora.dropout=0.1", "data=chat_jsonl", "data.heldout_fraction=0", "data.sequence_length=64",
@@ -278,8 +279,7 @@ def main() -> int:
     parser.add_argument("--commands", help="such as train,plan (default: every one)")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--state", type=Path, help="JSON file that keeps the counts, to go on from")
-    parser.add_argument("--write", type=Path, help="Markdown file for the table")
-    given = parser.parse_args()
+    given, stamp = parser.parse_args(), measured("jax")
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -290,11 +290,7 @@ def main() -> int:
         folder = given.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         _run(given, folder, counts, tallies)
-    text = page(counts, tallies, "python benchmarks/chaos.py")
-    print(text)
-    print(json.dumps({**asdict(counts), "commands": {name: asdict(tally) for name, tally in tallies.items()}}))
-    if given.write:
-        given.write.write_text(text, encoding="utf-8")
+    print(page(counts, tallies, stamp))
     wrong = counts.unrecoverable or counts.different or counts.wrong or any(tally.wrong for tally in tallies.values())
     return 1 if wrong else 0
 
@@ -338,7 +334,7 @@ def _run(given: argparse.Namespace, folder: Path, counts: Counts, tallies: dict[
                     draw = random.Random(f"{given.seed} {name} {tally.series}")
                     killer.series(tally.series, min(left, KILLS_PER_COMMAND), draw, tally)
                 counts.seconds = before + time.monotonic() - started
-                print(f"{name}: {total()} kills, {counts.seconds:.0f} s", flush=True)
+                print(f"{name}: {total()} kills, {counts.seconds:.0f} s", file=sys.stderr, flush=True)
                 if given.state:
                     kept = {"train": asdict(counts), "commands": {n: asdict(each) for n, each in tallies.items()}}
                     given.state.write_text(json.dumps(kept))

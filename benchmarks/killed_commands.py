@@ -50,7 +50,8 @@ def subjects(base: Path, rows: Path, run: Path, cache: Path, endpoint: str) -> l
     ]  # fmt: skip
     search = [
         "hydra/sweeper=optuna", "hydra.sweeper.sampler=random", "hydra.sweeper.n_trials=20",
-        "hydra.sweeper.metric=real_tokens", "lora.rank=2", "trainer.seed=interval(0,1000000)", "trainer.max_updates=1",
+        "hydra.sweeper.metric=real_tokens", "lora.rank=2", "trainer.max_updates=1", "hydra.launcher.parallel=2",
+        "trainer.seed=interval(0,1000000)",  # equal draws share a job; these are all different
     ]  # fmt: skip
     return [
         *(
@@ -77,6 +78,9 @@ def subjects(base: Path, rows: Path, run: Path, cache: Path, endpoint: str) -> l
                            f"run_dir={place / 'run'}"],
             lambda place: None, ready="endpoint: ",
         ),
+        Subject("report", "gemma4_tpu.report", lambda place: [f"run={run}", f"out={place / 'page.md'}"], _page),
+        Subject("check", "gemma4_tpu.check", lambda place: [f"model.path={base}"],
+                lambda place: place.with_suffix(".txt").read_text()),
         Subject("bench", "gemma4_tpu.bench", _in_run(f"endpoint={endpoint}", "bench=smoke"), _cells),
         Subject("judge", "gemma4_tpu.judge", lambda place: [*judged, "port=0"], lambda place: None,
                 ready="http://"),
@@ -137,6 +141,12 @@ def _verdicts(place: Path) -> dict[str, list[Any]]:
 def _plan(place: Path) -> Any:
     told = json.loads((place / "run/plan.json").read_text())
     return {key: told[key] for key in ("fits", "hbm_bytes_per_chip", "flops_per_real_token_and_chip")}
+
+
+def _page(place: Path) -> tuple[str, list[str]]:
+    """The page, without the names of what is in its own folder; and the names of all that is with it."""
+    made = sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
+    return (place / "page.md").read_text().replace(str(place), ""), made
 
 
 def _cells(place: Path) -> list[str]:
