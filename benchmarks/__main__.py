@@ -1,4 +1,4 @@
-"""Measures again what stands on the pages of this folder: `make benchmarks`, or some of them by name.
+"""Measures the figures on the pages of this folder again: `make benchmarks`, or some of them by name.
 
     python -m benchmarks                      # every page's commands, one after the other: about an hour
     python -m benchmarks training chaos       # the pages training.md and chaos.md; hours, for what is only so measured

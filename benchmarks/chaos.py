@@ -1,4 +1,4 @@
-"""Kills every command at random moments, starts it again, and compares what comes of it with a run that was let be.
+"""Kills every command at random moments, starts it again, and compares the result with an untouched run's.
 
     python -m benchmarks.chaos                       300 kills, an hour or two
     python -m benchmarks.chaos --kills 5 --seconds 120 --commands train

@@ -22,7 +22,7 @@ class Counts:
     kills: dict[str, int] = field(default_factory=dict)
     """By what was killed, and how: `train SIGKILL`."""
     resumes: int = 0
-    """Starts that went on from a checkpoint."""
+    """Starts that resumed from a checkpoint."""
     fresh_starts: int = 0
     """Starts that found none yet."""
     exits_42: int = 0

@@ -1,7 +1,7 @@
 """Kills a command at any moment, and looks at what it leaves: exit code, words, processes, files; how it goes on.
 
 `chaos.py` runs it. A `Subject` is a command with the folder it works in; a series kills one start after the other
-there, then leaves the last one alone and compares what came of it with a start that was never touched.
+there, then leaves the last one alone and compares the result with that of a start that was never touched.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class Killer:
         self._seconds = 0.0
 
     def prepare(self) -> None:
-        """The command once for what it compiles, and once for how long it takes and what comes of it."""
+        """The command once for what it compiles, and once for how long it takes and what it leaves."""
         for name in ("warm", "reference"):
             place = self._place(name)
             started = time.monotonic()

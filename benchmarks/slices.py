@@ -44,7 +44,7 @@ def path_of(cell: Cell) -> Path:
 
 
 def make(cell: Cell, seconds: float) -> dict[str, Any]:
-    """Compiles the recipe's step for a cell in a process of its own, and keeps what came of it."""
+    """Compiles the recipe's step for a cell in a process of its own, and keeps the outcome."""
     set_environment()  # before the process imports JAX
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()

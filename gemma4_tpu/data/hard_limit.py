@@ -122,9 +122,9 @@ def shown(text: str) -> str:
     return printable(redact(text)).encode()[-_SHOWN_BYTES:].decode("utf-8", "ignore")
 
 
-def _record(who: str, remedy: str) -> bytes:
+def _record(who: str, advice: str) -> bytes:
     """The text of a record. A path that does not fit is left out: a part of it would be another one."""
-    text, room = f"{who}\0{remedy}".encode(), overseer.RECORD_BYTES - overseer.RECORD.size
+    text, room = f"{who}\0{advice}".encode(), overseer.RECORD_BYTES - overseer.RECORD.size
     kind, path = _result or ("", "")
     result = b"\0%s\0%s" % (kind.encode(), os.fsencode(path))
     text += result if len(text) + len(result) <= room else b"\0\0"
@@ -147,12 +147,12 @@ def at(file: str, rows: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def hard_limit(who: str, remedy: str, *, seconds: float, most_bytes: int) -> Iterator[None]:
+def hard_limit(who: str, advice: str, *, seconds: float, most_bytes: int) -> Iterator[None]:
     """Ends this process if what is inside takes too long or too much memory; works in any thread, but does not nest.
 
     Args:
       who: whose work it is, such as `the chat template of <folder>`.
-      remedy: what would help, for the end of the message.
+      advice: what would help, for the end of the message.
       seconds: limit in which both processes could run.
       most_bytes: limit of the memory that the process takes in addition, on Linux.
     """
@@ -164,7 +164,7 @@ def hard_limit(who: str, remedy: str, *, seconds: float, most_bytes: int) -> Ite
         yield
         return
     place = getattr(_here, "place", "")
-    text = _record(f"{place}{shown(who)}", remedy)
+    text = _record(f"{place}{shown(who)}", advice)
     start, counters = overseer.record_start(slot), watched.counters
     counters[slot] += counters[slot] % 2  # the record changes while the slot is free
     overseer.RECORD.pack_into(watched.shared, start, seconds, most_bytes, len(text))

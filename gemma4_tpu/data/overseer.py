@@ -78,8 +78,8 @@ def _oversee(shared: mmap.mmap, parent: int, signal_number: int) -> None:
 def _end(text: bytes, problem: str, parent: int, signal_number: int) -> None:
     if os.getppid() != parent:  # it has ended otherwise
         return
-    who, remedy, kind, result, *folders = text.split(b"\0")
-    told = b"%s takes %s; %s" % (who, problem.encode(), remedy)
+    who, advice, kind, result, *folders = text.split(b"\0")
+    told = b"%s takes %s; %s" % (who, problem.encode(), advice)
     with suppress(OSError):  # nobody reads it
         os.write(2, b"error: %s\n" % told)
     if result:

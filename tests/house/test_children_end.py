@@ -20,8 +20,6 @@ STARTS = {
 OTHERWISE = {
     "gemma4_tpu/data/hard_limit.py": "it looks whether its parent lives, which it may have to end",
     "gemma4_tpu/evals/verilog/sandbox.py": "it dies with its worker, which looks whether the judge lives",
-    "gemma4_tpu/benching/vllm_place.py": "not yet",
-    "gemma4_tpu/serving/engine.py": "not yet",
     "gemma4_tpu/sweeping/job_process.py": "a job outlives its sweep, whose next start takes it over",
 }
 """Files whose processes need something else, and what."""
