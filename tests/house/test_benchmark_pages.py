@@ -35,11 +35,30 @@ def test_what_needs_a_variable_is_left_out_without_it(page, monkeypatch, capfd):
     page.write_text("<!-- measured: echo $NOT_SET_HERE -->\n\nold\n\n<!-- end -->\n")
     monkeypatch.setattr(sys, "argv", ["benchmarks"])
     assert __main__.main() == 0 and "old" in page.read_text()
-    assert "left out, since NOT_SET_HERE is not set" in capfd.readouterr().out
+    assert "left out: speed.md, since NOT_SET_HERE is not set" in capfd.readouterr().out
+
+
+def test_optional_words_are_left_out_without_their_variable(page, monkeypatch, capfd):
+    text = '<!-- measured: echo ours [theirs "$NOT_SET_HERE"] -->\n\nold\n\n<!-- end -->\n'
+    page.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["benchmarks"])
+    assert __main__.main() == 0 and "Without `theirs" in page.read_text() and "\nours\n" in page.read_text()
+    assert "left out: speed.md: theirs" in capfd.readouterr().out
+    monkeypatch.setenv("NOT_SET_HERE", "there")
+    assert __main__.main() == 0 and "\nours theirs there\n" in page.read_text()
+
+
+def test_what_takes_hours_is_measured_only_if_named(page, monkeypatch, capfd):
+    page.write_text("<!-- measured if named: echo new -->\n\nold\n\n<!-- end -->\n")
+    monkeypatch.setattr(sys, "argv", ["benchmarks"])
+    assert __main__.main() == 0 and "old" in page.read_text()
+    assert "left out: speed.md, which takes hours" in capfd.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "speed"])
+    assert __main__.main() == 0 and "\nnew\n" in page.read_text()
 
 
 def test_every_page_s_command_is_shown_on_it_and_takes_its_words():
-    for path, command in pages.commands():
-        assert f"\n    {command}\n" in path.read_text(encoding="utf-8")
+    for block in pages.blocks():
+        assert f"\n    {block.command}\n" in block.page.read_text(encoding="utf-8")
     listed = subprocess.run([sys.executable, "-m", "benchmarks", "--list"], cwd=ROOT, capture_output=True, text=True)
     assert listed.returncode == 0 and len(listed.stdout.splitlines()) >= 9

@@ -147,7 +147,8 @@ def check_module(module: str, arguments: list[str], goes_on: bool) -> None:
     package, _, name = module.partition(".")
     entry = {"tpu_vm": TPU_VM, "gke": GKE}.get(name) if package == "launch" else ENTRIES.get(name)
     if entry is None:
-        check_script(f"{module.replace('.', '/')}.py", arguments)
+        script = ROOT / module.replace(".", "/")
+        check_script(str(script / "__main__.py" if script.is_dir() else script.with_suffix(".py")), arguments)
     elif arguments and arguments[0] in ("--help", "--version"):
         with pytest.raises(SystemExit) as ended:
             load(arguments, entry)
