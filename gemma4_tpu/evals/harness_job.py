@@ -110,9 +110,7 @@ def _run(command: Sequence[str], path: Path, config: EvalConfig, tokenizer: str)
     path.unlink(missing_ok=True)
     silent_seconds = SILENT_SECONDS + (config.retries + 1) * config.request_timeout_seconds
     most_bytes = psutil.virtual_memory().available // 2
-    remedy = (
-        f"if others fare better with it, use the original checkpoint's tokenizer (not {tokenizer}); its log: {path}"
-    )
+    remedy = f"see its log: {path}; if {tokenizer} is to blame, give the original checkpoint's as model.tokenizer"
 
     def watch(pid: int, silent: float) -> None:
         if silent > silent_seconds:

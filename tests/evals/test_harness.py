@@ -132,15 +132,16 @@ def test_secrets_that_lm_eval_is_given_are_in_no_file_of_ours(played, tmp_path, 
         monkeypatch.setenv(name, value)
     said = [SECRETS["WANDB_API_KEY"], f"Authorization: Bearer {PLANTED[-1]}"]
     with ScoringServer(COLOURS) as server:
-        login = server.url.replace("://", f"://me:{PLANTED[-3]}@").removesuffix("/v1")
-        endpoint = f"{login}/{SECRETS['MY_SERVICE_PASSWORD']}/v1"
+        endpoint = f"{server.url.removesuffix('/v1')}/{SECRETS['MY_SERVICE_PASSWORD']}/v1"
         assert played(endpoint, f"eval.system='{' '.join(said)}'") == 0, capsys.readouterr()
     printed = capsys.readouterr()
     (tmp_path / "lm_eval").unlink()
     assert leaks(tmp_path, printed.out, printed.err) == []
     place = tmp_path / "run/lm_eval/m"
     assert json.loads((place / "samples_toy_1.jsonl").read_text())["arguments"] == "*** Authorization: Bearer ***"
-    assert json.loads((place / "results_1.json").read_text())["config"]["model_args"]["base_url"].count("***") == 2
+    assert json.loads((place / "results_1.json").read_text())["config"]["model_args"]["base_url"].endswith(
+        "/***/v1/completions"
+    )
     assert "system_instruction" in (tmp_path / "run/lm_eval.log").read_text()
     assert HarnessOutcome.read(tmp_path / "run").tasks["toy"].metrics["acc,none"].value == 1.0
 

@@ -163,8 +163,7 @@ def writes(tree):
         if (
             (method in ("write_text", "write_bytes") and called != "write_text")
             or called in ("yaml.dump", "json.dump", "OmegaConf.save")
-            or (method in ("open", "fdopen") and mode and _is_mode(mode))
-            or method in ("TemporaryFile", "NamedTemporaryFile")
+            or (method in ("open", "fdopen", "TemporaryFile", "NamedTemporaryFile") and mode and _is_mode(mode))
             or (is_child and any(not re.fullmatch(r"(subprocess\.)?[A-Z]+|None", stream) for stream in streams))
         ):
             yield ast.unparse(node)
