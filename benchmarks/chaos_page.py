@@ -1,11 +1,8 @@
-"""What `chaos.py` counts, and the page that it makes of it."""
+"""What `chaos.py` counts, and the figures on chaos.md that it makes of it."""
 
 from __future__ import annotations
 
-import os
-import platform
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 import numpy as np
 
@@ -15,17 +12,6 @@ from gemma4_tpu.markdown import table
 EVERY, UPDATES = 3, 60
 """Updates between checkpoints, and of a training run."""
 KILLS_PER_COMMAND = 8
-FOUND = (
-    "A sweep that was killed between the start of a job and the record of its pid ran into that job's lock when it was"
-    " started again. Jobs that are left over are now found by their folder.",
-    "SIGTERM while a training run reads its tokenizer, or while an evaluation ends, left a temporary folder: exits that"
-    " unwind nothing now remove them.",
-    "A judge that was killed while it asked the simulator's driver for its settings left a preprocessor that waited for"
-    " ever. It now reads to an end.",
-    "SIGUSR2 in the middle of a call of OmegaConf's made it raise an error of its own, which ended the command with a"
-    " traceback. An error that is raised while a signal unwinds is now that signal's end.",
-)
-"""What kills have found in earlier runs, and is mended."""
 
 
 @dataclass
@@ -36,7 +22,7 @@ class Counts:
     kills: dict[str, int] = field(default_factory=dict)
     """By what was killed, and how: `train SIGKILL`."""
     resumes: int = 0
-    """Starts that went on from a checkpoint."""
+    """Starts that resumed from a checkpoint."""
     fresh_starts: int = 0
     """Starts that found none yet."""
     exits_42: int = 0
@@ -46,6 +32,10 @@ class Counts:
     """Of each killed training: updates done that the next start has to do again."""
     unrecoverable: list[str] = field(default_factory=list)
     different: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    """Kills after which something else was not as documented."""
+    left_by_sigkill: int = 0
+    """SIGKILLs after which temporary files were left."""
     equal_weights: int = 0
     equal_metrics: int = 0
     equal_merges: int = 0
@@ -56,8 +46,8 @@ class Counts:
         return sum(self.kills.values())
 
 
-def page(counts: Counts, tallies: dict[str, Tally], command: str) -> str:
-    """The result as Markdown."""
+def page(counts: Counts, tallies: dict[str, Tally], stamp: str) -> str:
+    """The result as Markdown; `stamp` is when and where it began."""
     lost = counts.lost_updates
     rows = [
         ("training runs (series)", counts.series),
@@ -72,8 +62,10 @@ def page(counts: Counts, tallies: dict[str, Tally], command: str) -> str:
         ("final weights equal to the reference, bitwise", f"{counts.equal_weights} of {counts.series}"),
         ("metrics.jsonl equal to the reference, no gap or duplicate", f"{counts.equal_metrics} of {counts.series}"),
         ("merged models equal to the reference, bitwise", f"{counts.equal_merges} of {counts.series}"),
+        ("SIGKILLs that left temporary files", counts.left_by_sigkill),
         ("unrecoverable", len(counts.unrecoverable)),
         ("different results", len(counts.different)),
+        ("otherwise not as documented", len(counts.wrong)),
     ]
     others = [
         (name, *(tally.kills.get(number, 0) for number in ("SIGINT", "SIGTERM", "SIGUSR2", "SIGKILL")),
@@ -83,10 +75,7 @@ def page(counts: Counts, tallies: dict[str, Tally], command: str) -> str:
     ]  # fmt: skip
     total = counts.total_kills + sum(tally.total for tally in tallies.values())
     lines = [
-        "# Chaos",
-        "",
-        f"*Measured* on {datetime.now(UTC):%Y-%m-%d}, {platform.machine()} with {os.cpu_count()} CPU cores (shared with"
-        f" other work), in {counts.seconds / 60:.0f} minutes, by `{command}`: {total} kills.",
+        f"{stamp} {total} kills in {counts.seconds / 60:.0f} minutes.",
         "",
         "## Training and merging, bit by bit",
         "",
@@ -101,7 +90,7 @@ def page(counts: Counts, tallies: dict[str, Tally], command: str) -> str:
         f"At most {KILLS_PER_COMMAND} kills a series, at moments drawn evenly over the time of an untouched start."
         " After each: the documented exit code, one message and no traceback, no process left, and, but for SIGKILL, no"
         " temporary file; after each series the same command, left alone, has to end with what an untouched one leaves."
-        " `search` is an Optuna search of 20 trials, `meshes` a sweep over meshes of 8 CPU devices.",
+        " `search` is an Optuna search of 20 jobs, `meshes` a sweep over meshes of 8 CPU devices.",
         "",
         *table(
             ["command", "SIGINT", "SIGTERM", "SIGUSR2", "SIGKILL", "exit codes (times)", "series that ended as if never"
@@ -109,8 +98,12 @@ def page(counts: Counts, tallies: dict[str, Tally], command: str) -> str:
             others,
         ),
     ]  # fmt: skip
-    lines += ["## Found by it, and mended", "", *(f"- {found}" for found in FOUND), ""]
-    wrong = [*counts.unrecoverable, *counts.different, *(line for tally in tallies.values() for line in tally.wrong)]
+    wrong = [
+        *counts.unrecoverable,
+        *counts.different,
+        *counts.wrong,
+        *(line for tally in tallies.values() for line in tally.wrong),
+    ]
     if wrong:
         lines += ["## Not as documented", "", *(f"- {_shortened(line)}" for line in wrong), ""]
     return "\n".join(lines)

@@ -6,7 +6,7 @@ Answers to the package's own problems: right ones, mutants, ones that don't comp
 All but the share `--simulated` of them are spoilt by a system task, which the workers' scanner refuses: those go the
 whole way but for the simulator, so that 100,000 verdicts take minutes. First the service's memory of verdicts, which is
 bounded, is filled with such ones. Then every thousand verdicts a row is printed: memory of the service and of its
-workers (resident, MiB), open files, and what lies in /dev/shm and in the temporary folder under the judge's name.
+workers (resident, MiB), open files, and what is in /dev/shm and in the temporary folder under the judge's name.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 
 import optuna
 
-from benchmarks.killing import SERVES, TRAINS, Subject
+from benchmarks.killing import TRAINS, Subject
 
 
 def subjects(base: Path, rows: Path, run: Path, cache: Path, endpoint: str) -> list[Subject]:
@@ -50,7 +50,8 @@ def subjects(base: Path, rows: Path, run: Path, cache: Path, endpoint: str) -> l
     ]  # fmt: skip
     search = [
         "hydra/sweeper=optuna", "hydra.sweeper.sampler=random", "hydra.sweeper.n_trials=20",
-        "hydra.sweeper.metric=real_tokens", "lora.rank=2,4",
+        "hydra.sweeper.metric=real_tokens", "lora.rank=2", "trainer.max_updates=1", "hydra.launcher.parallel=2",
+        "trainer.seed=interval(0,1000000)",  # equal draws share a job; these are all different
     ]  # fmt: skip
     return [
         *(
@@ -75,11 +76,14 @@ def subjects(base: Path, rows: Path, run: Path, cache: Path, endpoint: str) -> l
             "serve", "gemma4_tpu.serve",
             lambda place: [f"run={run / 'merged'}", "serving=local", f"serving.port={_free_port()}",
                            f"run_dir={place / 'run'}"],
-            lambda place: None, ready="endpoint: ", codes=SERVES,
+            lambda place: None, ready="endpoint: ",
         ),
+        Subject("report", "gemma4_tpu.report", lambda place: [f"run={run}", f"out={place / 'page.md'}"], _page),
+        Subject("check", "gemma4_tpu.check", lambda place: [f"model.path={base}"],
+                lambda place: place.with_suffix(".txt").read_text()),
         Subject("bench", "gemma4_tpu.bench", _in_run(f"endpoint={endpoint}", "bench=smoke"), _cells),
         Subject("judge", "gemma4_tpu.judge", lambda place: [*judged, "port=0"], lambda place: None,
-                ready="http://", codes=SERVES),
+                ready="http://"),
         Subject("sweep", "gemma4_tpu.train", _in_sweep(*jobs, "lora.rank=2,4"), _jobs, codes=TRAINS, orphans=True),
         Subject("search", "gemma4_tpu.train", _in_sweep(*jobs, *search), _trials, codes=TRAINS, orphans=True),
         Subject("meshes", "gemma4_tpu.train", _in_sweep(*jobs, "lora.rank=2", "mesh.tp=1,2"), _jobs, codes=TRAINS,
@@ -139,6 +143,12 @@ def _plan(place: Path) -> Any:
     return {key: told[key] for key in ("fits", "hbm_bytes_per_chip", "flops_per_real_token_and_chip")}
 
 
+def _page(place: Path) -> tuple[str, list[str]]:
+    """The page, without the names of what is in its own folder; and the names of all that is with it."""
+    made = sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
+    return (place / "page.md").read_text().replace(str(place), ""), made
+
+
 def _cells(place: Path) -> list[str]:
     return sorted(path.name for path in (place / "run").rglob("*.json"))
 
@@ -147,12 +157,13 @@ def _jobs(place: Path) -> list[tuple[str, str]]:
     return [(job["name"], job["status"]) for job in json.loads((place / "sweep/sweep.json").read_text())["jobs"]]
 
 
-def _trials(place: Path) -> tuple[int, set[str]]:
-    """Trials that are complete, and what the jobs that they share came to; which are drawn depends on the kills."""
+def _trials(place: Path) -> tuple[int, int, set[str]]:
+    """Trials that are complete, jobs, and what came of those; which are drawn depends on the kills."""
     backend = optuna.storages.journal.JournalFileBackend(str(place / "sweep/optuna.journal"))
     study = optuna.load_study(study_name="sweep", storage=optuna.storages.JournalStorage(backend))
     complete = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
-    return len(complete), {status for _, status in _jobs(place)}
+    jobs = _jobs(place)
+    return len(complete), len(jobs), {status for _, status in jobs}
 
 
 def scripted_server() -> tuple[subprocess.Popen[str], str]:

@@ -1,7 +1,7 @@
 """Kills a command at any moment, and looks at what it leaves: exit code, words, processes, files; how it goes on.
 
 `chaos.py` runs it. A `Subject` is a command with the folder it works in; a series kills one start after the other
-there, then leaves the last one alone and compares what came of it with a start that was never touched.
+there, then leaves the last one alone and compares the result with that of a start that was never touched.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -25,24 +26,30 @@ import psutil
 from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, TERMINATED, leave
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGKILL)
-MOST_LINES = 12
-"""Lines that a command may print after a signal."""
+_PROGRESS = re.compile(r"\d\d:\d\d:\d\d (?!ERROR|CRITICAL)")
+"""Log lines on stderr; a line that is neither one of these nor a message should not have been printed."""
+_MESSAGE = re.compile(
+    r"(error: |interrupted(;|$)|ended without unwinding$"
+    r"|\d\d:\d\d:\d\d (WARNING: (preempted and saved at update|SIGTERM before the first update:)|SIG\w+: |stopped:))"
+)
+"""How a stopped command says so: exactly one of them."""
 MARK = "GEMMA4_CHAOS"
 _SECONDS_TO_END, _SECONDS_FOR_CHILDREN = 120, 15
 
 
 class Process:
-    """A command in a forked child: a session of its own, its output in a file, its temporary files in a folder."""
+    """A command in a forked child: its own session, stdout and stderr in files, temporary files in a folder."""
 
     def __init__(
         self, main: Callable[[list[str]], int], arguments: Sequence[str], output: Path,
         environment: Mapping[str, str] = MappingProxyType({}),
     ):  # fmt: skip
-        self.output = output
+        self.output, self.errors = output, output.with_suffix(".err")
         self.temporary = output.with_suffix(".tmp")
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.temporary.mkdir()
-        self.output.write_bytes(b"")  # what an earlier start said is not this one's
+        for file in (self.output, self.errors):
+            file.write_bytes(b"")  # what an earlier start said is not this one's
         self.mark = f"{output}:{time.monotonic_ns()}"
         sys.stdout.flush()
         sys.stderr.flush()
@@ -53,9 +60,8 @@ class Process:
                 os.setsid()
                 signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell has it ignored: `chaos.py &`
                 logging.getLogger().handlers.clear()  # of imports; a command sets up its own
-                file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-                os.dup2(file, 1)
-                os.dup2(file, 2)
+                for stream, file in ((1, self.output), (2, self.errors)):
+                    os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
                 os.environ |= {**environment, MARK: self.mark, "TMPDIR": str(self.temporary)}
                 import tempfile
 
@@ -70,6 +76,10 @@ class Process:
                 sys.stderr.flush()
                 os._exit(code)
         self.code: int | None = None
+        self.printed, self.told = "", 0
+        """What was on stdout, and characters on stderr, when it was killed."""
+        self.pids = {self.pid}
+        """Its own and, when it was killed, those of its children."""
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None: still running."""
@@ -88,6 +98,8 @@ class Process:
 
     def kill(self, number: int, seconds: float = 300) -> int:
         """Sends the signal and waits for the end."""
+        self.pids |= {process.pid for process in self.others()}
+        self.printed, self.told = _text(self.output), _text(self.errors).rfind("\n") + 1
         os.kill(self.pid, number)
         if self.wait(seconds) is None:
             os.kill(self.pid, signal.SIGKILL)
@@ -98,7 +110,11 @@ class Process:
 
     def said(self) -> str:
         """The end of what it printed."""
-        return self.output.read_text(errors="replace")[-2000:] if self.output.exists() else ""
+        return f"{_text(self.output)[-2000:]}{_text(self.errors)[-2000:]}"
+
+    def said_since(self) -> list[str]:
+        """Lines on stderr after it was killed."""
+        return [line for line in _text(self.errors)[self.told :].splitlines() if line.strip()]
 
     def others(self) -> list[psutil.Process]:
         """Processes that it started, directly or not, and that still run."""
@@ -132,7 +148,7 @@ class Subject:
     outcome: Callable[[Path], Any]
     """What has to be equal after a series, from what is in the folder."""
     ready: str | None = None
-    """What it prints once it serves; None: it ends by itself."""
+    """What it prints once it serves, and from when on it exits with 0; None: it ends by itself."""
     codes: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Signal → exit codes, where they are others than `CODES`."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -146,7 +162,6 @@ CODES = {
     signal.SIGKILL: (-signal.SIGKILL,),
 }  # fmt: skip
 TRAINS = CODES | dict.fromkeys((signal.SIGTERM, signal.SIGUSR2), (PREEMPTED, TERMINATED))
-SERVES = CODES | {number: (0, *CODES[number]) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
 
 
 @dataclass
@@ -179,7 +194,7 @@ class Killer:
         self._seconds = 0.0
 
     def prepare(self) -> None:
-        """The command once for what it compiles, and once for how long it takes and what comes of it."""
+        """The command once for what it compiles, and once for how long it takes and what it leaves."""
         for name in ("warm", "reference"):
             place = self._place(name)
             started = time.monotonic()
@@ -213,56 +228,100 @@ class Killer:
         return Process(self._main, subject.words(place), place.with_suffix(".txt"), subject.environment)
 
     def _kill(self, place: Path, number: signal.Signals, after: float, tally: Tally) -> None:
-        process = self._start(place)
+        subject, process = self._subject, self._start(place)
         if process.wait(after) is not None:
             assert process.code == 0, f"exit {process.code}: {process.said()}"
             return  # it was done before
-        before = process.output.stat().st_size if process.output.exists() else 0
-        others = process.others()
         code = process.kill(number, _SECONDS_TO_END)
         tally.kills[number.name] = tally.kills.get(number.name, 0) + 1
         tally.exits[str(code)] = tally.exits.get(str(code), 0) + 1
-        for problem in self._problems(process, number, code, before, others):
-            tally.wrong.append(f"{self._subject.name}, {number.name} after {after:.2f} s: {problem}")
-        left = any(process.temporary.iterdir()) or bool(_shared(process))  # the next start removes it
-        tally.left_by_sigkill += number == signal.SIGKILL and left
+        codes = (subject.codes or CODES)[number]
+        if subject.ready and subject.ready in process.printed and number != signal.SIGKILL:
+            codes = (0,)
+        for problem in problems(process, number, codes, lambda: self._is_complete(process, place), subject):
+            tally.wrong.append(f"{subject.name}, {number.name} after {after:.2f} s: {problem}")
+        tally.left_by_sigkill += number == signal.SIGKILL and has_left_files(process)
 
-    def _problems(
-        self, process: Process, number: signal.Signals, code: int, before: int, others: list[psutil.Process]
-    ) -> Iterator[str]:
-        """What a killed start did that it must not do."""
-        allowed = (*(self._subject.codes or CODES)[number], 0)  # 0: it was about to end
-        if code not in allowed:
-            yield f"exit code {code}, not {allowed}: {process.said()}"
-        said = process.output.read_bytes()[before:].decode(errors="replace")
-        lines = [line for line in said.splitlines() if line.strip()]
-        # One that ended well, since it was about to, sums up what it did.
-        if "Traceback" in said or "Fatal Python error" in said or (code != 0 and len(lines) > MOST_LINES):
-            yield f"it printed {said[-1500:]}"
-        if number != signal.SIGKILL and code != 0 and not lines:
-            yield "it ended without a word"
-        if self._subject.orphans and number == signal.SIGKILL:
-            return
-        if left := process.left():
-            yield f"still running: {[' '.join(each.cmdline()[:6]) for each in left if each.is_running()]}"
-        left_files = [path.name for path in process.temporary.iterdir()]
-        files = [name for name in left_files if not name.startswith("torchinductor")]  # PyTorch's own cache
-        if number != signal.SIGKILL and files:
-            yield f"left in its temporary folder: {files}"
-        if number != signal.SIGKILL and (shared := _shared(process)):
-            yield f"left in /dev/shm: {shared}"
+    def _is_complete(self, process: Process, place: Path) -> bool:
+        """Whether it may end with 0: a server was ready, another command left what an untouched start leaves."""
+        if self._subject.ready:
+            return self._subject.ready in _text(process.output)
+        return bool(self._subject.outcome(place) == self._expected)
 
     def _complete(self, place: Path) -> None:
         process = self._start(place)
         if self._subject.ready:
             until = time.monotonic() + 300
-            while self._subject.ready not in process.said() and process.poll() is None and time.monotonic() < until:
+            while (
+                self._subject.ready not in _text(process.output) and process.poll() is None and time.monotonic() < until
+            ):
                 time.sleep(0.05)
             assert process.poll() is None, f"exit {process.code}: {process.said()}"
             process.kill(signal.SIGTERM)
         assert process.wait(900) == 0, f"exit {process.code}: {process.said()}"
 
 
+def problems(
+    process: Process,
+    number: signal.Signals,
+    codes: tuple[int, ...],
+    complete: Callable[[], bool],
+    subject: Subject | None = None,
+) -> Iterator[str]:
+    """What a killed start did that no command may do.
+
+    Args:
+      process: it has ended.
+      number: what it was sent.
+      codes: exit codes that are documented for that.
+      complete: whether nothing was left to do: only then it may also exit with 0.
+      subject: what it is; None: a command that ends by itself and leaves nothing running.
+    """
+    code, asked, serves = process.code, number != signal.SIGKILL, bool(subject and subject.ready)
+    if code == 0 and not _holds(complete):
+        yield f"exit code 0, but it is not complete: {process.said()}"
+    elif code not in (*codes, 0):
+        yield f"exit code {code}, not {codes}: {process.said()}"
+    said = process.said_since()
+    messages = [line for line in said if _MESSAGE.match(line)]
+    wanted = int(asked and (code != 0 or serves))
+    if len(messages) != wanted:
+        yield f"{len(messages)} messages, not {wanted}: {said[-20:]}"
+    if others := [line for line in said if not _MESSAGE.match(line) and not _PROGRESS.match(line)]:
+        yield f"it also printed {others[-20:]}"
+    if found := [word for word in ("Traceback", "Fatal Python error") if word in _text(process.output)]:
+        yield f"on stdout: {found}"
+    if subject and subject.orphans and not asked:
+        return
+    if left := process.left():
+        yield f"still running: {[' '.join(each.cmdline()[:6]) for each in left if each.is_running()]}"
+    if asked and (files := _temporary(process)):
+        yield f"left in its temporary folder: {files}"
+    if asked and (shared := _shared(process)):
+        yield f"left in /dev/shm: {shared}"
+
+
+def has_left_files(process: Process) -> bool:
+    """Whether temporary files are left, as after SIGKILL; the next start removes them."""
+    return bool(_temporary(process) or _shared(process))
+
+
+def _holds(complete: Callable[[], bool]) -> bool:
+    try:
+        return complete()
+    except (OSError, ValueError, KeyError):  # what it should have left is missing or cut short
+        return False
+
+
+def _text(file: Path) -> str:
+    return file.read_text(errors="replace") if file.exists() else ""
+
+
+def _temporary(process: Process) -> list[str]:
+    names = [path.name for path in process.temporary.iterdir()]
+    return [name for name in names if not name.startswith("torchinductor")]  # PyTorch's own cache
+
+
 def _shared(process: Process) -> list[str]:
-    """Its files in /dev/shm, by the process in their names; other names are others'."""
-    return [name for name in os.listdir("/dev/shm") if f"_{process.pid}_" in name]
+    """Files in /dev/shm with the id of the process, or of a child, in their names; other names are others'."""
+    return [name for name in os.listdir("/dev/shm") if process.pids & set(map(int, re.findall(r"\d+", name)))]

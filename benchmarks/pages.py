@@ -4,7 +4,9 @@
     the command, as code, and what it printed
     <!-- end -->
 
-So a page says how to measure it again, and `python -m benchmarks` does it.
+So a page says how to measure it again, and `python -m benchmarks` does it; what begins with `measured if named:`, since
+it takes hours, only if its page is named. Words in brackets, such as `[--trl "$TRL_PYTHON"]`, are left out while their
+variable is not set; a command whose other words need one is left out as a whole.
 """
 
 from __future__ import annotations
@@ -13,12 +15,40 @@ import os
 import platform
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-_BLOCK = re.compile(r"(?P<begin><!-- measured: (?P<command>.+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(?P<begin><!-- measured(?P<named> if named)?: (?P<command>.+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+)
+_OPTIONAL = re.compile(r" \[(.+?)\]")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Figures on a page."""
+
+    page: Path
+    command: str
+    """As on the page: with variables such as `$VERILOG_EVAL`, and optional words in brackets."""
+    only_if_named: bool
+    """Whether it is measured only if its page is asked for by name."""
+
+    def resolved(self) -> tuple[str, list[str], list[str]]:
+        """(command without the optional words that need a variable that is not set, these words, other variables that
+        are not set).
+        """
+        optional = _OPTIONAL.findall(self.command)
+        dropped = [words for words in optional if _unset(words)]
+        command = _OPTIONAL.sub(lambda found: "" if found[1] in dropped else f" {found[1]}", self.command)
+        return command, dropped, _unset(command)
+
+
+def _unset(text: str) -> list[str]:
+    return [name for name in re.findall(r"\$(\w+)", text) if name not in os.environ]
 
 
 def measured(*packages: str, word: str = "Measured") -> str:
@@ -29,18 +59,18 @@ def measured(*packages: str, word: str = "Measured") -> str:
     return f"*{word}* on {datetime.now(UTC):%Y-%m-%d}, {machine}, {', '.join(parts)}."
 
 
-def commands() -> Iterator[tuple[Path, str]]:
-    """Each page with a block, and the block's command; words such as `$VERILOG_EVAL` are variables."""
+def blocks() -> Iterator[Block]:
+    """Those of every page."""
     for page in sorted(FOLDER.glob("*.md")):
-        for block in _BLOCK.finditer(page.read_text(encoding="utf-8")):
-            yield page, block["command"]
+        for found in _BLOCK.finditer(page.read_text(encoding="utf-8")):
+            yield Block(page, found["command"], found["named"] is not None)
 
 
-def replace(page: Path, command: str, figures: str) -> None:
-    """Puts what `command` printed into its block of `page`."""
+def replace(block: Block, figures: str) -> None:
+    """Puts what its command printed into it."""
 
-    def put(block: re.Match[str]) -> str:
-        made = f"{block['begin']}\n    {command}\n\n{figures.strip()}\n\n{block['end']}"
-        return made if block["command"] == command else block[0]
+    def put(found: re.Match[str]) -> str:
+        made = f"{found['begin']}\n    {block.command}\n\n{figures.strip()}\n\n{found['end']}"
+        return made if found["command"] == block.command else found[0]
 
-    page.write_text(_BLOCK.sub(put, page.read_text(encoding="utf-8")), encoding="utf-8")
+    block.page.write_text(_BLOCK.sub(put, block.page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -63,7 +63,7 @@ class Footprint:
 
 @dataclass
 class Load:
-    """What became of it."""
+    """What happened under the load."""
 
     users: int
     seconds: float

@@ -1,7 +1,7 @@
 """The train step on every slice of the plan table, by the TPU compiler: ours and the published recipe's.
 
     python -m benchmarks.slices [--size gemma4_31b] [--slice v5p-8]   # compiles what is missing of the recipe's
-    python -m benchmarks.slices --render                             # only the table, slices.md
+    python -m benchmarks.slices --render                             # only prints the table
 
 Ours are the LoRA plans in `experiments/plans/results`. The recipe's step (`seed_recipe.py`, rows padded to 3,072, one
 row for each place on the fsdp axis, tp as large as the heads allow, for 12B, E4B and E2B 1) is compiled up to where
@@ -15,8 +15,8 @@ import argparse
 import json
 import multiprocessing
 import os
-import re
 import resource
+import sys
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -32,9 +32,8 @@ from gemma4_tpu.planning.estimate import roofline
 from gemma4_tpu.planning.topology import absent_devices, set_environment
 
 HERE = Path(__file__).resolve().parent
-RESULTS, TABLE = HERE / "results", HERE / "slices.md"
+RESULTS = HERE / "results"
 RANK = 64
-BEGIN, END = "<!-- the table: python -m benchmarks.slices --render -->", "<!-- end of the table -->"
 Cell = tuple[str, str]
 """Model and slice."""
 
@@ -45,7 +44,7 @@ def path_of(cell: Cell) -> Path:
 
 
 def make(cell: Cell, seconds: float) -> dict[str, Any]:
-    """Compiles the recipe's step for a cell in a process of its own, and keeps what came of it."""
+    """Compiles the recipe's step for a cell in a process of its own, and keeps the outcome."""
     set_environment()  # before the process imports JAX
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -179,32 +178,28 @@ def _memory(one: dict[str, Any]) -> str:
 
 
 def render() -> None:
-    """Writes the table between its marks in `slices.md`."""
-    text = TABLE.read_text(encoding="utf-8")
+    """Prints the table of what is kept."""
     made, all_ = len(found := rows()), len(SIZES) * len(MACHINES)
-    missing = [f"{made} of {all_} cells are compiled so far; the command continues with the rest.", ""]
-    lines = [BEGIN, "", *(missing if made < all_ else []), *table(HEADS, found, "lll" + "r" * (len(HEADS) - 3)), END]
-    TABLE.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: "\n".join(lines), text, flags=re.DOTALL), encoding="utf-8")
+    if made < all_:
+        print(f"{made} of {all_} cells are compiled so far; `python -m benchmarks.slices` compiles the rest.\n")
+    print("\n".join(table(HEADS, found, "lll" + "r" * (len(HEADS) - 3))))
 
 
 def main() -> None:
-    """Compiles what is missing, and renders after each."""
+    """Compiles what is missing, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", action="append", choices=SIZES)
     parser.add_argument("--slice", action="append", choices=MACHINES)
     parser.add_argument("--seconds", type=float, default=1800, help="longest wait for one compilation")
-    parser.add_argument("--render", action="store_true", help="only write the table")
+    parser.add_argument("--render", action="store_true", help="only print the table")
     asked = parser.parse_args()
-    render()
-    if asked.render:
-        return
-    for machine in asked.slice or MACHINES:
+    for machine in [] if asked.render else asked.slice or MACHINES:
         for size in asked.size or reversed(SIZES):
             if not path_of((size, machine)).is_file():
                 found = make((size, machine), asked.seconds)
                 told = {name: found.get(name) for name in ("fits", "seconds", "hbm_bytes_per_chip", "message")}
-                print(size, machine, told, flush=True)
-                render()
+                print(size, machine, told, file=sys.stderr, flush=True)
+    render()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m benchmarks.startup [--times 5]
 
-Each command runs in its own process, after one run that does not count; medians. Beside them a bare Python, and
-one that imports JAX: what the commands before `plan` do not pay for.
+Each command runs in its own process, after one run that does not count; medians. For comparison, a bare
+Python, and one that imports JAX: what the commands before `plan` do not pay for.
 """
 
 from __future__ import annotations

@@ -1,24 +1,28 @@
-"""Training on this machine's CPU: ours, the published recipe's, and transformers + PEFT, padded and packed.
+"""Training on this machine's CPU: ours, the published recipe's, transformers + PEFT, padded and packed, and TRL.
 
-    python -m benchmarks.training [--updates 12] [--rank 64]
+    python -m benchmarks.training [--updates 12] [--rank 64] [--trl PYTHON]
 
 The same tiny Gemma 4 checkpoint, float32, one device, LoRA on all linear weights, Adam at 1e-3, the same examples
 once, in the same order: text of the package's Verilog rows, cut to a quarter of the lengths of the recipe's data
 (log-normal, mean 922, 99th percentile 2,553). An update has eight examples, or two packed rows with about as many
-tokens. Each way runs in a process of its own. Seconds are medians over updates, the first two left out; only real
-tokens count; the held-out loss is per token of sixteen other examples, before and after.
+tokens. Each way runs in a process of its own; `--trl` names a Python with TRL and this package. Seconds are medians
+over updates, the first two left out; only real tokens count; the held-out loss is per token of sixteen other examples,
+before and after.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import json
 import os
 import resource
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +35,7 @@ SCALE = 4
 PADDED_TO, PACKED_TO = PADDED // SCALE, PACKED // SCALE
 PER_UPDATE, PACKED_ROWS, HELD_OUT, RATE = 8, 2, 16, 1e-3
 LINEAR = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$"
+TRL = "TRL's SFTTrainer + PEFT, packed"
 Examples = list[np.ndarray]
 
 
@@ -278,6 +283,46 @@ def peft_packed(examples: Examples, held_out: Examples, rank: int) -> Outcome:
     return _torch_train(_torch_model(rank), updates, held_out)
 
 
+def trl_packed(examples: Examples, held_out: Examples, rank: int) -> Outcome:
+    """TRL's SFTTrainer with its own packing (best fit), one row per microbatch."""
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from gemma4_tpu.data.tokenizer import load_tokenizer
+
+    model = _torch_model(rank)
+    tokens, times = [], [time.perf_counter()]
+    settings = SFTConfig(
+        output_dir=tempfile.mkdtemp(), max_length=PACKED_TO, packing=True, report_to=[], use_cpu=True, bf16=False,
+        per_device_train_batch_size=1, gradient_accumulation_steps=PACKED_ROWS, gradient_checkpointing=False, seed=0,
+        num_train_epochs=1, learning_rate=RATE, lr_scheduler_type="constant", max_grad_norm=0.0, optim="adamw_torch",
+        weight_decay=0.0, adam_epsilon=1e-8, save_strategy="no", logging_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times.append(time.perf_counter())
+
+    class Counted(SFTTrainer):
+        def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **more: Any) -> torch.Tensor:
+            counts.append(int(((inputs["labels"] != -100) & (inputs["position_ids"] > 0)).sum()))
+            return super().training_step(model, inputs, *rest, **more)
+
+    counts: list[int] = []
+    rows = Dataset.from_list([{"input_ids": ids.tolist()} for ids in examples])
+    trainer = Counted(
+        model, settings, train_dataset=rows, processing_class=load_tokenizer("embedded:tiny"), callbacks=[Clock()]
+    )
+    before = _torch_loss(model, held_out)
+    times[0] = time.perf_counter()
+    trainer.train()
+    updates = len(times) - 1
+    tokens = [sum(counts[i * PACKED_ROWS : (i + 1) * PACKED_ROWS]) for i in range(updates)]
+    return outcome(tokens, times, before, _torch_loss(model, held_out))
+
+
 def ours_by_eigen(examples: Examples, held_out: Examples, rank: int) -> Outcome:
     """Ours, with products by Eigen: with such narrow ones it is faster than YNNPACK, the default of JAX 0.10."""
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_experimental_ynn_fusion_type=invalid"
@@ -288,15 +333,25 @@ WAYS: dict[str, Callable[[Examples, Examples, int], Outcome]] = {
     "Tunix's PeftTrainer as the recipe uses it": recipe,
     "transformers + PEFT, padded": peft_padded,
     "transformers + PEFT, packed": peft_packed,
+    TRL: trl_packed,
     "ours, packed": ours,
     "ours, packed, products by Eigen": ours_by_eigen,
 }
 
 
-def _run(pipe: Any, name: str, updates: int, rank: int) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"
+def _measured(name: str, answer: str, updates: int, rank: int) -> None:
     examples, held_out = corpus(PER_UPDATE * updates)
-    pipe.send(WAYS[name](examples, held_out, rank))
+    Path(answer).write_text(json.dumps(asdict(WAYS[name](examples, held_out, rank))))
+
+
+def measure(name: str, python: str, words: list[str]) -> Outcome:
+    """One way, in a process of its own."""
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as answer:
+        command = [python, "-m", "benchmarks.training", *words, "--way", name, answer.name]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+        if subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, stdout=sys.stderr).returncode:
+            sys.exit(f"{name}: ended without a result")
+        return Outcome(**json.load(answer))
 
 
 def main() -> None:
@@ -304,21 +359,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--trl", help="a Python with TRL and this package")
+    parser.add_argument("--way", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if asked.way:
+        return _measured(*asked.way, asked.updates, asked.rank)
     stamp = measured("jax", "google-tunix", "transformers", "peft", "torch")
-    context = multiprocessing.get_context("spawn")
-    found: dict[str, Outcome] = {}
-    for name in WAYS:
-        here, there = context.Pipe()
-        process = context.Process(target=_run, args=(there, name, asked.updates, asked.rank))
-        process.start()
-        there.close()
-        try:
-            found[name] = here.recv()
-        except EOFError:
-            sys.exit(f"{name}: ended without a result")
-        finally:
-            process.join()
+    words = ["--updates", str(asked.updates), "--rank", str(asked.rank)]
+    pythons = {name: asked.trl if name == TRL else sys.executable for name in WAYS}
+    found = {name: measure(name, python, words) for name, python in pythons.items() if python}
     first = next(iter(found.values())).real_tokens_per_second
     heads = ["way", "real tokens/s", "ratio", "seconds per update", "peak RSS GiB", "tokens trained", "held-out loss"]
     rows = [
@@ -330,6 +379,7 @@ def main() -> None:
         for name, one in found.items()
     ]  # fmt: skip
     print("\n".join([stamp, "Medians over updates, excluding the first two.", "", *table(heads, rows, "lrrrrrr")]))
+    return None
 
 
 if __name__ == "__main__":

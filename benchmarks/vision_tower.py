@@ -3,7 +3,7 @@
     python -m benchmarks.vision_tower [--checkpoint FOLDER]
 
 Photographs of 1024 × 768 pixels (JPEG); the tower of E2B and E4B, with random weights unless a checkpoint is given; on
-one thread of this machine's CPU, in seconds that it worked: other work beside it hardly matters.
+one thread of this machine's CPU, in seconds that it worked: other work hardly matters.
 """
 
 from __future__ import annotations

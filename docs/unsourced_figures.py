@@ -2,9 +2,9 @@
 
     python docs/unsourced_figures.py
 
-A figure is *measured*, *estimated* or *quoted*: one of these words, or a link to the record, stands in its paragraph or
-in its section. `NEED_NONE` names the paragraphs that were read by a person and need none, with the reason; a test holds
-that there is no other.
+A figure is *measured*, *estimated* or *quoted*: one of these words is in its paragraph or the one before or after it,
+as with tables, or a link to the record is in its own. `NEED_NONE` names the paragraphs that were read by a person and
+need none, with the reason; a test holds that there is no other.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ NEED_NONE = {
     ("benchmarking", "this client sent in time (median lag at most 10 ms)"): "a constant of the search",
     ("benchmarking", "its figure is between the true p98.4 and p99.6"): "arithmetic: the binomial law",
     ("benchmarking", "holds the search to within 5% of the capacity"): "the tolerance of the test that it names",
+    ("benchmarking", "30 requests at 64 per second are half a second"): "arithmetic",
     ("data", "the line is longer than 16 MiB"): "a limit that the code sets",
     ("data", "A row has 10 s, its rendering 2 GiB of memory"): "limits that the code sets",
     ("data", "more than 2 GiB and 512 bytes per character"): "the same",
@@ -37,6 +38,7 @@ NEED_NONE = {
     ("long_context", "keys and values take 1 GiB, a quarter of that"): "arithmetic, on the page",
     ("long_context", "a halo of 2 × window × heads of keys × width"): "a formula",
     ("on_policy", "200 problems × 2 samples cannot resolve differences below 0.04"): "arithmetic: the interval's width",
+    ("pictures", "A feature takes 1.5 KB in bfloat16"): "arithmetic: 768 values of 2 bytes, at most 280 features",
     ("pictures", "1.5 KB each: 6 MB for a row of 4096"): "arithmetic: the same, 4,096 times",
     ("planning", "the first policy that leaves 3% of HBM free"): "a constant of the search",
 }
@@ -51,10 +53,10 @@ _CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 def unsourced(text: str) -> Iterator[str]:
     """The paragraphs of a page, on one line each."""
     for section in re.split(r"^#+ ", _CODE.sub("", text), flags=re.MULTILINE):
-        if _SOURCE.search(section):
-            continue
-        for paragraph in re.split(r"\n\s*\n", section):
-            if _FIGURE.search(paragraph) and "](" not in paragraph:
+        paragraphs = re.split(r"\n\s*\n", section)
+        for i, paragraph in enumerate(paragraphs):
+            sourced = "](" in paragraph or any(map(_SOURCE.search, paragraphs[max(0, i - 1) : i + 2]))
+            if _FIGURE.search(paragraph) and not sourced:
                 yield " ".join(paragraph.split())
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from experiments.plans.recipes import EXPERIMENTS, GIB, RECIPES, Recipe
 from gemma4_tpu.markdown import table
-from gemma4_tpu.planning.bands import band
+from gemma4_tpu.reporting.plan_rows import band
 from gemma4_tpu.tracking.records import read_record
 
 CONF = EXPERIMENTS.parent / "conf/experiment"

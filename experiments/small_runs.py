@@ -1,5 +1,5 @@
-"""Trainings and evaluations of an experiment on `tiny`: each is a command in a process of its own, and one that has
-ended is not repeated. What each took of the CPU is kept beside them.
+"""Training runs and evaluations of an experiment on `tiny`: each is a command in its own process, and one that has
+finished is not repeated. The CPU time of each is recorded with them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SmallRuns:
     out: Path
 
     def train(self, name: str, *words: str) -> str:
-        """The run folder of a training without held-out rows."""
+        """The run folder of a training run without held-out rows."""
         run = self.out / name
         if not (run / "result.json").is_file():
             seconds = _run("train", "data.heldout=[]", "checkpoint.keep_best=false", *words, f"run_dir={run}")
@@ -37,12 +37,12 @@ class SmallRuns:
 
     @property
     def cpu_seconds(self) -> dict[str, float]:
-        """By training: of all its starts, compilation included."""
+        """Of each training run: of all its starts, compilation included."""
         path = self.out / CPU_FILE
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def result(self, name: str) -> Result:
-        """What came of a training."""
+        """The result of a training run."""
         return Result.read(self.out / name / "result.json")
 
     def evaluate(self, name: str) -> EvaluationOutcome:

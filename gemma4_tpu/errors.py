@@ -26,6 +26,10 @@ STORAGE_GONE = 4
 """The run's bucket was unreachable for `storage.deadline`; saved on this machine, at the place that the message
 names.
 """
+OVERRUN = 64
+"""A template or tokenizer took too long or too much memory where nothing could interrupt it: one message on stderr, and
+no restart helps. Also the number of the signal that ends the process then (`data/hard_limit.py`).
+"""
 PREEMPTED = 42
 """Preempted and saved (or nothing to save yet): the same command resumes. Nothing else uses this code."""
 INTERRUPTED = 130
@@ -197,7 +201,7 @@ def send_again(number: int) -> None:
 
 def leave(code: int) -> NoReturn:
     """Ends the process of a command: at once after an interruption, because computations may still be running and crash
-    when Python tears down JAX beneath them; likewise if storage is gone, because requests to it never end.
+    when Python tears down JAX beneath them; and if storage is gone, because requests to it never end.
     """
     if code in (INTERRUPTED, TERMINATED, STORAGE_GONE):
         exit_now(code)
@@ -229,5 +233,10 @@ def first_line(error: BaseException) -> str:
 def last_words(printed: str) -> str | None:
     """Why a command of ours ended, judging by its output: its last refusal, else its last line; None: there is none."""
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines
+    return last_refusal(printed) or (lines[-1] if lines else None)
+
+
+def last_refusal(printed: str) -> str | None:
+    """The last refusal in a command's output, if there is one."""
+    told = [line.strip().removeprefix("error: ") for line in printed.splitlines() if line.strip().startswith("error: ")]
     return told[-1] if told else None

@@ -47,6 +47,8 @@ class Chip:
     """What `--accelerator-type` of `gcloud compute tpus` calls slices of it, where that is not `name`."""
     runtime_version: str | None = None
     """`--runtime-version` of `gcloud compute tpus`; None: not offered as a TPU VM."""
+    gke_accelerator: str | None = None
+    """GKE's name of the chip, `cloud.google.com/gke-tpu-accelerator`; None: not offered there."""
     host_chips: int = 4
     """Chips of the largest machine with a single host. Larger slices have four on each host."""
 
@@ -108,12 +110,12 @@ class MeshSizes(NamedTuple):
 
     @classmethod
     def recorded(cls, sizes: Mapping[str, int]) -> MeshSizes:
-        """Those of a record; old ones know no `dp`."""
+        """Sizes from a record; old records have no `dp`."""
         return cls(**{"dp": 1, **sizes})
 
     @property
     def record(self) -> dict[str, int]:
-        """As records have it: without `cp` where rows stay whole, which once was all there was."""
+        """For records: `cp` is omitted when 1, as in records that predate it."""
         return {axis: size for axis, size in self._asdict().items() if axis != "cp" or size > 1}
 
     @property
@@ -143,23 +145,25 @@ CHIPS = {
         Chip(
             name="v5p", platform="tpu", device_kinds=("tpu v5p", "tpu v5"), cores=2, hbm_bytes=int(102.8 * GB),
             hbm_bytes_per_second=2765e9, peak_flops_per_second=459e12, interconnect_bytes_per_second=1200e9,
-            runtime_version="v2-alpha-tpuv5", slices="2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8",
+            runtime_version="v2-alpha-tpuv5", gke_accelerator="tpu-v5p-slice",
+            slices="2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8",
         ),
         Chip(
             name="v6e", platform="tpu", device_kinds=("tpu v6 lite", "tpu v6e"), hbm_bytes=int(31.25 * GIB),
             hbm_bytes_per_second=1640e9, peak_flops_per_second=918e12, interconnect_bytes_per_second=800e9,
-            runtime_version="v2-alpha-tpuv6e", host_chips=8, slices="1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
+            runtime_version="v2-alpha-tpuv6e", gke_accelerator="tpu-v6e-slice", host_chips=8,
+            slices="1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
         ),
         Chip(
             name="v5e", platform="tpu", device_kinds=("tpu v5 lite", "tpu v5e"), hbm_bytes=int(15.75 * GIB),
             hbm_bytes_per_second=819e9, peak_flops_per_second=197e12, interconnect_bytes_per_second=400e9,
-            accelerator_type="v5litepod", runtime_version="v2-alpha-tpuv5-lite", host_chips=8,
-            slices="1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
+            accelerator_type="v5litepod", runtime_version="v2-alpha-tpuv5-lite", gke_accelerator="tpu-v5-lite-podslice",
+            host_chips=8, slices="1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
         ),
         Chip(
             name="tpu7x", platform="tpu", device_kinds=("tpu7x", "tpu v7x"), devices=2, cores=2,
             hbm_bytes=int(189.5 * GIB), hbm_bytes_per_second=7380e9, peak_flops_per_second=2307e12,
-            interconnect_bytes_per_second=1200e9, slices="2x2x1 2x2x2 2x2x4 2x4x4 4x4x4",
+            interconnect_bytes_per_second=1200e9, gke_accelerator="tpu7x", slices="2x2x1 2x2x2 2x2x4 2x4x4 4x4x4",
         ),
         Chip(
             name="h100", platform="gpu", device_kinds=("nvidia h100",), hbm_bytes=80 * GB,

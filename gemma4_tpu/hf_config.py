@@ -1,6 +1,6 @@
 """What a checkpoint's `config.json` says of its layers, in every form that transformers has written since 5.12.
 
-Up to 5.14, heads of global layers stand in `global_head_dim` and `num_global_key_value_heads`; from 5.15 on in
+Up to 5.14, heads of global layers are in `global_head_dim` and `num_global_key_value_heads`; from 5.15 on in
 `per_layer_config`, a map from layer to what differs there. Both are read here, and both are written. No JAX here.
 """
 

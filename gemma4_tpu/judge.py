@@ -19,7 +19,7 @@ from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.paths import folder_of
 from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.tasks import JudgeRoot
-from gemma4_tpu.errors import TERMINATING, UserError, exit_code, leave
+from gemma4_tpu.errors import UserError, exit_code, leave
 from gemma4_tpu.evals.checks import JUDGE_CHOICES, problems_path_messages
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ JUDGE: EntryPoint[JudgeRoot, Nothing] = EntryPoint(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 stopped, 1 the workers died, 2 refused (one message on stderr), 130 or 143 interrupted."""
+    """Exit code: 0 stopped once it was ready, 130 or 143 before; 1 the workers died; 2 refused (one message)."""
     return exit_code(lambda: _serve(load(list(sys.argv[1:] if argv is None else argv), JUDGE)))
 
 
@@ -67,35 +67,39 @@ def _serve(loaded: Loaded[JudgeRoot, Nothing]) -> int:
     from gemma4_tpu.tracking.logs import setup_logging
 
     setup_logging()
-    root, died = loaded.root, threading.Event()
-    for number in TERMINATING:
-        signal.signal(number, lambda *_: sys.exit(0))  # unwinds what is below, as SIGINT does
+    root, died, stopping = loaded.root, threading.Event(), threading.Event()
     if root.with_parent:
-        threading.Thread(target=_end_with_the_input, daemon=True).start()
+        threading.Thread(target=_end_with_the_input, args=(stopping,), daemon=True).start()
     problems = load_problems(root.eval)
     with VerilogJudge(root.eval.judge) as judge:
         try_canaries(judge)
         check = judge.prepare(problems)
         try:
-            server = make_server(Service(problems, judge, check), root.port, died.set)
+            service = Service(problems, judge, check)
+            server = make_server(service, root.port, died.set)
         except OSError as error:
             raise UserError(f"port={root.port}: {error.strerror}; give another port, or 0 for any") from None
         threading.Thread(target=server.serve_forever, daemon=True).start()
         log.info("%d problems, %s, sandbox %s; the canaries are refused", len(problems), check.simulator, check.sandbox)
-        print(f"{ANNOUNCEMENT}http://{HOST}:{server.server_port}", flush=True)
         try:
+            print(f"{ANNOUNCEMENT}http://{HOST}:{server.server_port}", flush=True)
             died.wait()
+        except KeyboardInterrupt:  # any of the signals that request an end
+            stopping.set()
+            log.info("stopped: %d samples judged", service.health()["judged"])
+            return 0
         finally:
             server.shutdown()
             server.server_close()
     return 1
 
 
-def _end_with_the_input() -> None:
-    """The parent holds the other end of stdin: when it is gone, however, this ends too."""
+def _end_with_the_input(stopping: threading.Event) -> None:
+    """Ends this process, unless it ends already, when the parent is gone, which holds the other end of stdin."""
     while os.read(sys.stdin.fileno(), 4096):  # unbuffered: a lock on a buffer would be in the way at the end
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    if not stopping.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def link(path: Path, page: Path, text: str | None = None) -> str:
 
 
 def pictures(paths: Sequence[Path], page: Path) -> Iterator[str]:
-    """Those of them that are there, side by side, and an empty line."""
+    """Links to the pictures that exist, side by side, and an empty line."""
     shown = [f"![{path.stem.replace('_', ' ')}]({_from(path, page)})" for path in paths if path.is_file()]
     if shown:
         yield from [*shown, ""]

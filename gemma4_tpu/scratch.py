@@ -25,7 +25,7 @@ def make_folder(prefix: str = "gemma4_tpu_", parent: Path | None = None) -> Path
 
 
 def remove_folder(folder: Path) -> None:
-    """With all that is in it."""
+    """Removes a folder and its contents."""
     shutil.rmtree(folder, ignore_errors=True)
     _made.pop(folder, None)
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole path on this machine's CPU: train → merge → evaluate → serve → benchmark → evaluate the server → report.
 # `make demo` sets up and runs it; arguments are for train, as in `make demo ARGS="trainer.max_updates=100"`.
-# All results are in one run folder: outputs/demo/<date>_<time>, or $DEMO_RUN.
+# All results are in one run folder: outputs/demo/<date>_<time>, or $DEMO_RUN. The report's dollars are for a machine of
+# $DEMO_USD_PER_HOUR (an assumption: 0.10).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -54,5 +55,5 @@ step evaluate "eval.endpoint=http://127.0.0.1:$port/v1" eval.n=1 "run_dir=$run/e
 end
 
 say "report: everything on one page"
-step report "run=$run"
+step report "run=$run" "prices={local:${DEMO_USD_PER_HOUR:-0.10}}"
 say "done"

@@ -30,13 +30,35 @@ def pytest_addoption(parser):
     parser.addoption(
         "--allowed-skips", type=Path, help="fail where a test is skipped for a reason that it does not list"
     )
+    parser.addoption(
+        "--must-run", default="", help="fail unless tests of each of these files pass, and none of theirs is skipped"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session):
     """Fails a run in which something was skipped that should not be; says what."""
-    listed, reporter = session.config.option.allowed_skips, session.config.pluginmanager.get_plugin("terminalreporter")
-    if listed is None or hasattr(session.config, "workerinput"):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not hasattr(session.config, "workerinput"):
+        _look_for_skips(session, reporter)
+        _look_for_files(session, reporter)
+
+
+def _look_for_files(session, reporter):
+    for name in filter(None, session.config.option.must_run.split(",")):
+        passed, skipped = (
+            sum(report.nodeid.partition("::")[0].endswith(name) for report in reporter.stats.get(kind, []))
+            for kind in ("passed", "skipped")
+        )
+        if skipped or not passed:
+            reporter.ensure_newline()
+            reporter.line(f"{name} has to run here: {passed} tests passed, {skipped} were skipped", red=True)
+            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+
+def _look_for_skips(session, reporter):
+    listed = session.config.option.allowed_skips
+    if listed is None:
         return
     lines = [line.split("#")[0].strip() for line in listed.read_text(encoding="utf-8").splitlines()]
     allowed = tuple(line for line in lines if line)

@@ -1,7 +1,7 @@
 """Tools that tests run as they are: SkyPilot, xpk, lm-evaluation-harness. Their dependencies are many and none of ours.
 
-Each lives in an environment of its own, made once in the user's cache folder where a package registry can be reached;
-elsewhere the test is skipped.
+Each lives in an environment of its own, made once in the user's cache folder. The test is skipped where no package
+registry can be reached; if one can, and the tool can't be installed from it, the test fails.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+_OUT_OF_REACH = ("error sending request", "HTTP status server error", "operation timed out")
 LOCKS = Path(__file__).resolve().parents[1] / "requirements"
 
 
@@ -60,7 +61,8 @@ def _made(requirement: str, commands: Callable[[Path], list[list[str]]]) -> Path
             done = subprocess.run([uv, "--quiet", *command], capture_output=True, text=True, timeout=150, check=False)
         except subprocess.TimeoutExpired:
             pytest.skip(f"could not be installed in time: {requirement}")
-        if done.returncode:
-            pytest.skip(f"could not be installed: {requirement} ({done.stderr.strip()[-200:]})")
+        if any(sign in done.stderr for sign in _OUT_OF_REACH):
+            pytest.skip(f"could not be installed: {requirement}, no package registry is in reach")
+        assert done.returncode == 0, f"{requirement} can't be installed: {done.stderr[-2000:]}"
     (place / "complete").touch()
     return place

@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
-# tests/newcomer.sh [FOLDER]: does what README tells a newcomer, and fails where anything does.
+# tests/newcomer.sh [--timed] [FOLDER]: does what README tells a newcomer, and fails where anything does, or is not as
+# promised (tests/promised.sh).
 #
 # HEAD is cloned into FOLDER (which must be empty; by default a temporary one that is removed), and HOME is an empty
 # folder. Each of README's two `make` commands runs as it stands there, in a clone of its own: no environment but the one
 # that it makes. Then README's plan runs in the first of those environments. Material in ../shared, which some tests read,
-# is linked to where the clones look for it. What is skipped is said at the end.
+# is linked to where the clones look for it. What is skipped, and how long everything took, is said at the end.
+#
+# --timed, before a release, on a machine that does nothing else: only the way to a costed 31B, which is the demo and the
+# plan; a failure if they take more than 12 minutes.
 set -euo pipefail
+most_seconds=720
+timed=
+[[ ${1:-} != --timed ]] || { timed=yes; shift; }
 repository=$(cd "$(dirname "$0")/.." && pwd)
 if [[ $# -gt 0 ]]; then
   place=$1
@@ -29,6 +36,10 @@ plan=$(grep -m 1 '^gemma4-tpu plan ' "$repository/README.md")
 [[ ${#commands[@]} -eq 2 ]] || { echo "README shows ${#commands[@]} commands of make, not two" >&2; exit 2; }
 [[ -z $(git -C "$repository" status --porcelain) ]] || echo "Uncommitted changes are left out: HEAD is what is cloned."
 
+timings=()
+took() { timings+=("$(printf '%5d s  %s' $((SECONDS - began)) "$1")"); }
+[[ -z $timed ]] || commands=("${commands[0]}")
+
 skipped=()
 [[ -d $repository/../shared ]] || skipped+=("tests that read ../shared, which is not here")
 for number in "${!commands[@]}"; do
@@ -38,7 +49,9 @@ for number in "${!commands[@]}"; do
   [[ ! -d $repository/../shared ]] || ln -s "$(cd "$repository/../shared" && pwd)" "$place/$number/shared"
   git clone --quiet "$repository" "$place/$number/gemma4-tpu"
   cd "$place/$number/gemma4-tpu"
+  began=$SECONDS
   as_newcomer "$command" 2>&1 | tee "$place/$number/log.txt"
+  took "$command"
   [[ -z $(git status --porcelain) ]] || { echo "$command leaves the checkout changed:"; git status --short; exit 1; }
   mapfile -t -O "${#skipped[@]}" skipped < <(grep '^SKIPPED ' "$place/$number/log.txt" || true)
 done
@@ -46,10 +59,18 @@ done
 if [[ $(uname -sm) == "Linux x86_64" ]]; then
   say "$plan"
   cd "$place/0/gemma4-tpu"
-  as_newcomer "source .venv/bin/activate && $plan"
+  began=$SECONDS
+  as_newcomer "source .venv/bin/activate && $plan" 2>&1 | tee "$place/plan.txt"
+  took "$plan"
+  "$repository/tests/promised.sh" "$(echo outputs/demo/*)" "$place/plan.txt"
 else
   skipped+=("the plan, since there is no libtpu for $(uname -sm)")
 fi
 
 say "README's commands work"
+printf '%s\n' "${timings[@]}"
+if [[ -n $timed && $SECONDS -gt $most_seconds ]]; then
+  echo "$SECONDS s is more than the $most_seconds s that a newcomer is promised" >&2
+  exit 1
+fi
 [[ ${#skipped[@]} -eq 0 ]] || printf 'skipped: %s\n' "${skipped[@]}"

@@ -1,4 +1,4 @@
-"""The whole of this experiment: teacher, start, distillation, supervised tuning on as many tokens, and what came of it.
+"""The whole of this experiment: teacher, start, distillation, supervised tuning on as many tokens, and the results.
 
     python -m experiments.distill_smoke.run [--out outputs/distill_smoke]
 

@@ -1,4 +1,4 @@
-"""The whole of this experiment: a start that few reference answers have made, four ways on, and what came of them.
+"""The whole of this experiment: a start from few reference answers, four ways to continue, and the results.
 
     python -m experiments.grpo_smoke.run [--out outputs/grpo_smoke]
 

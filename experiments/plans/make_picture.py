@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.plans.make_table import HERE, MACHINES, SIZES, known
-from gemma4_tpu.planning.bands import band
 from gemma4_tpu.plotting import COLOURS, INK, new_figure
+from gemma4_tpu.reporting.plan_rows import band
 
 SLICES = ("v5p-8", "v6e-4")
 """Those on which most sizes are planned to the end: four chips each."""

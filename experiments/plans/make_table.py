@@ -27,7 +27,7 @@ from gemma4_tpu.architectures import ARCHITECTURES, Architecture
 from gemma4_tpu.hardware import SLICES, MeshSizes, Slice, option_name
 from gemma4_tpu.markdown import table
 from gemma4_tpu.models.layout import Layout
-from gemma4_tpu.planning.bands import band, usd_per_million
+from gemma4_tpu.reporting.plan_rows import band, usd_per_million
 from gemma4_tpu.tracking.records import read_record
 from gemma4_tpu.training.meshes import legal_meshes
 
@@ -104,7 +104,7 @@ def meshes(arch: Architecture, wanted: Slice) -> list[MeshSizes]:
 
 
 def make(cell: Cell) -> str:
-    """Plans one cell; returns what came of it."""
+    """Plans one cell; returns the outcome in words."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "plan"
         command = [sys.executable, "-m", "gemma4_tpu.plan", *cell.words, f"run_dir={run_dir}"]

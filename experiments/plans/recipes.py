@@ -20,9 +20,9 @@ from typing import Any
 
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.markdown import table
-from gemma4_tpu.planning.bands import band, usd_per_million
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.reporting.memory_bars import plot_hbm
+from gemma4_tpu.reporting.plan_rows import band, usd_per_million
 from gemma4_tpu.tracking.records import read_record
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent

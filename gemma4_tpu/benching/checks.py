@@ -35,7 +35,7 @@ class BenchChecked:
     vocabulary: int | None
     """Number of the model's token ids; None: unknown."""
     serving: ServingConfig | None
-    """How the server was started, according to its record; None: there is no record."""
+    """How the server was started, according to its record; None: it has none."""
     model: str | None
     """The model's name on the server, if configuration or record contains it."""
     folder: Path | None

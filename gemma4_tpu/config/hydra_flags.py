@@ -21,6 +21,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from gemma4_tpu.children import end_with_parent
 from gemma4_tpu.config.conf import VERSION_BASE, composing, config_dir, register
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.keys import unknown_key
@@ -50,7 +51,7 @@ def serve(entry: EntryPoint, flags: list[str], overrides: list[str]) -> NoReturn
         job = HydraConfig.get()
         command = [sys.executable, "-m", entry.module, *job.overrides.task]
         command.append(f"run_dir='{job.runtime.output_dir}'")
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, preexec_fn=end_with_parent)
 
     sys.argv = [sys.argv[0], *flags, "--", *overrides]
     if sweeps or "--shell-completion" in flags:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +167,11 @@ def _check_option(word: str, override: Override, schema: type, groups: Groups) -
 
 
 def _values(override: Override) -> Iterator[Any]:
-    """The value of an override, or each value of an enumerated sweep."""
+    """The value of an override, or each value of an enumerated sweep; of a range two, which have the types of all."""
     if not override.is_sweep_override():
         yield override.value()
     elif override.is_discrete_sweep():
-        for text in override.sweep_string_iterator():
+        for text in islice(override.sweep_string_iterator(), 2 if override.is_range_sweep() else None):
             yield OverridesParser.create().parse_override(f"x={text}").value()
 
 

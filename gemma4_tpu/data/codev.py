@@ -6,13 +6,16 @@ sampled text can have. A row is kept only if what remains after cleaning is comp
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 from typing import Any
 
+from gemma4_tpu.children import end_with_parent
 from gemma4_tpu.data.drops import RowDropped
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.scratch import scratch_folder
@@ -173,15 +176,27 @@ def check_syntax(code: str, program: str) -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            env={**os.environ, **dict.fromkeys(("TMP", "TMPDIR", "TEMP"), str(scratch))},
             start_new_session=True,  # elaboration runs in a grandchild, which only a signal to the group reaches
+            preexec_fn=_end_with_parent,
         ) as process:
             try:
                 _, errors = process.communicate(timeout=SYNTAX_SECONDS)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
                 raise RowDropped("syntax_error", f"no verdict in {SYNTAX_SECONDS} s") from None
+            finally:  # also when this process is asked to end
+                if process.returncode is None:
+                    os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
         raise RowDropped("syntax_error", errors.decode("utf-8", "replace").strip().split("\n")[0][:120])
+
+
+def _end_with_parent() -> None:
+    """Ends the compiler with this process, and the grandchild at the latest when it has used its time."""
+    end_with_parent()
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    most = math.ceil(SYNTAX_SECONDS) + 1  # so that this process, while it lives, is the one that ends it
+    resource.setrlimit(resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def _prompt_turns(row: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None]:

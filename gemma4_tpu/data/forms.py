@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from gemma4_tpu.data import codev
 from gemma4_tpu.data.calls import Tell, Turn, parsed, to_tools
@@ -214,18 +214,12 @@ def _codev(columns: Columns, turn_columns: Mapping[str, str], tell: Tell) -> Con
     return Conversation(codev.to_messages(columns.take(codev.COLUMNS)))
 
 
-class Form:
+class Form(NamedTuple):
     """One form of rows: the columns that identify it, the function that reads it, and the kind of rows it gives."""
 
-    def __init__(
-        self,
-        needs: tuple[str, ...],
-        make: Callable[[Columns, Mapping[str, str], Tell], Said],
-        rows: str = CONVERSATIONS,
-    ):
-        self.needs = needs
-        self.make = make
-        self.rows = rows
+    needs: tuple[str, ...]
+    make: Callable[[Columns, Mapping[str, str], Tell], Said]
+    rows: str = CONVERSATIONS
 
 
 FORMS = {

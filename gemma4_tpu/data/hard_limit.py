@@ -2,7 +2,8 @@
 
 A chat template can compare lists that contain each other 2^60 times; a tokenizer's patterns can backtrack for hours,
 its rules can multiply a text. The alarm of `timeout.py` takes effect between Python's bytecodes, so it never comes.
-A small process (`overseer.py`) watches instead: it prints one message and kills this process.
+A small process (`overseer.py`) watches instead: it prints one message, leaves it in the run's `result.json`, and ends
+this process by a signal that the C library answers by exiting: the exit code says that no restart helps.
 
 A piece of work costs microseconds, since shared memory announces it.
 """
@@ -10,6 +11,7 @@ A piece of work costs microseconds, since shared memory announces it.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
 import mmap
 import os
@@ -21,11 +23,13 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import BinaryIO
 
 from gemma4_tpu import scratch
 from gemma4_tpu.data import overseer
 from gemma4_tpu.data.drops import printable
+from gemma4_tpu.errors import OVERRUN
 from gemma4_tpu.redact import redact
 
 logger = logging.getLogger(__name__)
@@ -38,6 +42,7 @@ _SHOWN_BYTES = 500  # the last of a file, and of who does the work
 _MAIN = 0  # the main thread's slot: an exception from a signal can leave it occupied, and the next piece takes it over
 
 _here = threading.local()
+_result: tuple[str, Path] | None = None
 _watched: _Watched | None = None
 _starting = threading.Lock()
 
@@ -52,12 +57,15 @@ class _Watched:
             file.flush()
             self.shared = mmap.mmap(file.fileno(), overseer.FILE_BYTES)
             try:
+                numbers = map(str, (file.fileno(), OVERRUN, os.getpid()))
                 self._process = subprocess.Popen(
-                    [sys.executable or "python3", "-I", "-S", overseer.__file__, str(file.fileno()), str(os.getpid())],
+                    [sys.executable or "python3", "-I", "-S", overseer.__file__, *numbers],
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=(file.fileno(),),
                 )  # fmt: skip
             except OSError as error:  # no more processes are permitted, for instance
                 logger.warning("templates and tokenizers are not watched, since no process can be started: %s", error)
+        c = ctypes.CDLL(None)
+        c.signal(OVERRUN, c._exit)  # which gets the signal's number, and exits with it, whatever Python is doing
         self.counters = memoryview(self.shared)[: overseer.COUNTERS.size].cast("Q")
         self.free = deque(range(_MAIN + 1, overseer.SLOTS))
 
@@ -97,18 +105,32 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
+def leave_result_in(path: Path | None, kind: str = "") -> None:
+    """Where the overseer is to say why it ended this process; None: nowhere.
+
+    Args:
+      path: the `result.json` of the run that this process writes.
+      kind: the record's, one of `tracking.records.WORK`.
+    """
+    global _result
+    _result = (kind, path) if path else None
+
+
 @lru_cache
 def shown(text: str) -> str:
     """Safe to print, and short enough to leave room for the rest; blanking secrets costs more than a row does."""
     return printable(redact(text)).encode()[-_SHOWN_BYTES:].decode("utf-8", "ignore")
 
 
-def _record(who: str, remedy: str) -> bytes:
-    """The text of a record. A folder that does not fit is left out: a part of its path would be another folder."""
-    text = f"{who}\0{remedy}".encode()
+def _record(who: str, advice: str) -> bytes:
+    """The text of a record. A path that does not fit is left out: a part of it would be another one."""
+    text, room = f"{who}\0{advice}".encode(), overseer.RECORD_BYTES - overseer.RECORD.size
+    kind, path = _result or ("", "")
+    result = b"\0%s\0%s" % (kind.encode(), os.fsencode(path))
+    text += result if len(text) + len(result) <= room else b"\0\0"
     for folder in scratch.made():
         more = b"\0" + os.fsencode(folder)
-        if len(text) + len(more) <= overseer.RECORD_BYTES - overseer.RECORD.size:
+        if len(text) + len(more) <= room:
             text += more
     return text
 
@@ -125,12 +147,12 @@ def at(file: str, rows: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def hard_limit(who: str, remedy: str, *, seconds: float, most_bytes: int) -> Iterator[None]:
+def hard_limit(who: str, advice: str, *, seconds: float, most_bytes: int) -> Iterator[None]:
     """Ends this process if what is inside takes too long or too much memory; works in any thread, but does not nest.
 
     Args:
       who: whose work it is, such as `the chat template of <folder>`.
-      remedy: what would help, for the end of the message.
+      advice: what would help, for the end of the message.
       seconds: limit in which both processes could run.
       most_bytes: limit of the memory that the process takes in addition, on Linux.
     """
@@ -142,7 +164,7 @@ def hard_limit(who: str, remedy: str, *, seconds: float, most_bytes: int) -> Ite
         yield
         return
     place = getattr(_here, "place", "")
-    text = _record(f"{place}{shown(who)}", remedy)
+    text = _record(f"{place}{shown(who)}", advice)
     start, counters = overseer.record_start(slot), watched.counters
     counters[slot] += counters[slot] % 2  # the record changes while the slot is free
     overseer.RECORD.pack_into(watched.shared, start, seconds, most_bytes, len(text))

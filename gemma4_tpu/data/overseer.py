@@ -4,6 +4,7 @@
 odd while its piece of work is in progress. Only the standard library is imported, so that it starts in milliseconds.
 """
 
+import json
 import mmap
 import os
 import resource
@@ -17,11 +18,14 @@ from contextlib import suppress
 SLOTS = 32
 COUNTERS = struct.Struct(f"={SLOTS}Q")
 RECORD = struct.Struct("=dQH")
-"""Seconds, bytes and the length of the text that follows: who does the work, what would help, folders to remove."""
+"""Seconds, bytes and the length of the text that follows: who does the work, what would help, kind and path of a
+`result.json` (or neither), folders to remove.
+"""
 RECORD_BYTES = 4096
 FILE_BYTES = COUNTERS.size + SLOTS * RECORD_BYTES
 _POLL_SECONDS = 0.1
 _COUNTED_SECONDS = 0.5  # at most, per poll: time in which both processes were stopped (Ctrl-Z) does not count
+_SECONDS_TO_END = 2.0  # of a process that got the signal
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -40,7 +44,7 @@ def bytes_of_its_own(process: int) -> int:
         return 0
 
 
-def _oversee(shared: mmap.mmap, parent: int) -> None:
+def _oversee(shared: mmap.mmap, parent: int, signal_number: int) -> None:
     """Ends with the parent, however that ends."""
     since: dict[int, tuple[int, float, int]] = {}  # slot → its count, the time counted, memory at the start
     before = time.monotonic()
@@ -67,20 +71,41 @@ def _oversee(shared: mmap.mmap, parent: int) -> None:
             start = record_start(slot) + RECORD.size
             text = bytes(shared[start : start + length])
             if problem and COUNTERS.unpack_from(shared)[slot] == count:
-                _end(text, problem, parent)
+                _end(text, problem, parent, signal_number)
                 return
 
 
-def _end(text: bytes, problem: str, parent: int) -> None:
+def _end(text: bytes, problem: str, parent: int, signal_number: int) -> None:
     if os.getppid() != parent:  # it has ended otherwise
         return
-    who, remedy, *folders = text.split(b"\0")
+    who, advice, kind, result, *folders = text.split(b"\0")
+    told = b"%s takes %s; %s" % (who, problem.encode(), advice)
     with suppress(OSError):  # nobody reads it
-        os.write(2, b"error: %s takes %s; %s\n" % (who, problem.encode(), remedy))
+        os.write(2, b"error: %s\n" % told)
+    if result:
+        with suppress(OSError):
+            leave_result(os.fsdecode(result), kind.decode(), told.decode(errors="replace"))
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
     if os.getppid() == parent:
+        with suppress(OSError):
+            os.kill(parent, signal_number)
+    until = time.monotonic() + _SECONDS_TO_END
+    while os.getppid() == parent and time.monotonic() < until:
+        time.sleep(0.01)
+    if os.getppid() == parent:
         kill(parent, is_first=parent == 1)
+
+
+def leave_result(path: str, kind: str, error: str) -> None:
+    """What a run's other failures leave in its `result.json`; that of a finished run stays."""
+    with suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+        if json.load(file).get("status") == "finished":
+            return
+    with open(f"{path}.ended", "w", encoding="utf-8") as file:
+        json.dump({"kind": kind, "version": 1, "status": "failed", "error": error}, file, indent=2)
+        file.write("\n")
+    os.replace(f"{path}.ended", path)
 
 
 def kill(process: int, *, is_first: bool) -> None:
@@ -95,8 +120,8 @@ def kill(process: int, *, is_first: bool) -> None:
 def _main() -> None:
     for number in _IGNORED:  # they are meant for the parent, with which this process ends
         signal.signal(number, signal.SIG_IGN)
-    file, parent = map(int, sys.argv[1:])
-    _oversee(mmap.mmap(file, FILE_BYTES), parent)
+    file, signal_number, parent = map(int, sys.argv[1:])
+    _oversee(mmap.mmap(file, FILE_BYTES), parent, signal_number)
 
 
 if __name__ == "__main__":

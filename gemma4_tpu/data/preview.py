@@ -137,7 +137,7 @@ def _totals(built: TrainingData, data: DataConfig, rows_per_update: int, seed: i
 
 
 def show(model: ModelConfig, data: DataConfig, rows_are: str, *, rows_per_update: int, seed: int) -> int:
-    """Builds the data of a training configuration and previews it; too many dropped rows are shown instead of refused.
+    """Builds a training configuration's data and previews it; too many dropped rows are shown instead of refused.
 
     Args:
       model: names the tokenizer.

@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.data.drops import RowDropped
@@ -70,7 +69,8 @@ def memory_limit() -> Iterator[None]:
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    with open("/proc/self/statm", "rb", buffering=0) as file:  # a third of what Path.read_text takes, twice per row
+        used = int(file.read().split()[0]) * resource.getpagesize()
     most = used + ROW_GIB * 2**30
     resource.setrlimit(resource.RLIMIT_AS, (min([most, *(one for one in before if one >= 0)]), before[1]))
     try:

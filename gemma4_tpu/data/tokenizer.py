@@ -93,6 +93,8 @@ def load_limit(folder: str) -> AbstractContextManager[None]:
 class _Limited:
     """What a loaded tokenizer is in addition to its own class: `tokenizer(text)` and `decode` are limited."""
 
+    name_or_path: str
+
     def _encode_plus(self, text: Any, *args: Any, **options: Any) -> Any:
         with tokenizer_limit(self.name_or_path, sum(map(len, markup.strings(text)))):
             return super()._encode_plus(text, *args, **options)  # type: ignore[misc]

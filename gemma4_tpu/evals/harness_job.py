@@ -110,14 +110,14 @@ def _run(command: Sequence[str], path: Path, config: EvalConfig, tokenizer: str)
     path.unlink(missing_ok=True)
     silent_seconds = SILENT_SECONDS + (config.retries + 1) * config.request_timeout_seconds
     most_bytes = psutil.virtual_memory().available // 2
-    remedy = f"see its log: {path}; if {tokenizer} is to blame, give the original checkpoint's as model.tokenizer"
+    advice = f"if the tokenizer or template of {tokenizer} is to blame, use the original checkpoint's; its log: {path}"
 
     def watch(pid: int, silent: float) -> None:
         if silent > silent_seconds:
-            raise UserError(f"lm_eval has printed nothing for {silent_seconds:,.0f} s and was ended; {remedy}")
+            raise UserError(f"lm_eval has printed nothing for {silent_seconds:,.0f} s and was ended; {advice}")
         if bytes_of_its_own(pid) > most_bytes:
             told = f"more than {most_bytes / 2**30:.1f} GiB, half of the memory that was free"
-            raise UserError(f"lm_eval took {told}, and was ended; {remedy}")
+            raise UserError(f"lm_eval took {told}, and was ended; {advice}")
 
     if code := run_logged(command, path, watch=watch):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -21,7 +21,8 @@ from concurrent.futures import BrokenExecutor, CancelledError, Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from gemma4_tpu.evals.problems import LEAKED, Problem, SelfCheck, Verdict, VerdictClass, is_leaked_thought
+from gemma4_tpu.evals.problems import LEAKED, Problem, Verdict, VerdictClass, is_leaked_thought
+from gemma4_tpu.evals.verilog.selfcheck import VerilogSelfCheck
 from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def graded(verdict: Verdict) -> float:
 class Service:
     """Verdicts, with the latest remembered; equal samples are simulated once, even at the same time. Thread-safe."""
 
-    def __init__(self, problems: Sequence[Problem], judge: VerilogJudge, check: SelfCheck):
+    def __init__(self, problems: Sequence[Problem], judge: VerilogJudge, check: VerilogSelfCheck):
         """Args:
         problems: problems prepared by `judge`.
         judge: the judge.

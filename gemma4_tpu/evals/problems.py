@@ -7,7 +7,7 @@ code (`accuracy/`). This module has no heavy imports.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from multiprocessing.reduction import ForkingPickler
@@ -219,43 +219,8 @@ def is_leaked_thought(completion: str) -> bool:
     return completion.lstrip().startswith(f"{THOUGHT}\n")
 
 
-class SelfCheck(Protocol):
-    """What a judge found out about itself and the problems before judging."""
-
-    @property
-    def simulator(self) -> str:
-        """Name and version."""
-
-    @property
-    def sandbox(self) -> str:
-        """The level of isolation."""
-
-    @property
-    def cannot_pass(self) -> dict[str, str]:
-        """Problem → reason, for problems whose own reference fails here."""
-
-    def table(self) -> str:
-        """The self-check as a table for people."""
-
-    def to_row(self) -> dict[str, Any]:
-        """For JSON."""
-
-
 class ProblemSource(Protocol):
     """A benchmark's files."""
 
     def load(self, path: str | Path) -> list[Problem]:
         """The problems in `path`, in their order. Raises: UserError: there are none, or one is incomplete."""
-
-
-class Judge(Protocol):
-    """Gives verdicts; thread-safe, a context manager."""
-
-    def prepare(self, problems: Sequence[Problem]) -> SelfCheck:
-        """Judges the references (or recalls their results). Required once before `judge`."""
-
-    def judge(self, problem: Problem, completion: str) -> Verdict:
-        """The verdict on one completion."""
-
-    def judge_all(self, samples: Iterable[tuple[Problem, str]]) -> Iterator[Verdict]:
-        """Verdicts in the order of the samples; judges several at a time."""

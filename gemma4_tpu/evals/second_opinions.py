@@ -21,8 +21,7 @@ from typing import Any
 from gemma4_tpu.evals.problems import Problem, Verdict, VerdictClass
 from gemma4_tpu.evals.store import Key, Rows, Sample, alike
 from gemma4_tpu.evals.verilog import synthesis
-from gemma4_tpu.evals.verilog.extract import extract
-from gemma4_tpu.evals.verilog.header import with_header
+from gemma4_tpu.evals.verilog.extract import code_of
 from gemma4_tpu.evals.verilog.ports import Roles
 from gemma4_tpu.evals.verilog.second import second_name, second_problem
 from gemma4_tpu.evals.verilog.strength import reference_ports
@@ -128,7 +127,7 @@ def _extras(
 ) -> dict[str, Future[Any]]:
     """Requests to other tools about a sample that passes, as far as they are installed."""
     problem = second.problems[name]
-    code = extract(with_header(completion, problem), problem.top)
+    code = code_of(completion, problem)
     yosys, verilator = synthesis.installed(synthesis.YOSYS), synthesis.installed(synthesis.VERILATOR)
     level = synthesis.level_for_yosys(judge)
     asked: dict[str, Future[Any]] = {}

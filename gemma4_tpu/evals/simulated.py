@@ -13,7 +13,7 @@ from typing import Any, Self
 from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.evals.benchmarks import load_problems
 from gemma4_tpu.evals.court import VERDICTS_FILE, Judged
-from gemma4_tpu.evals.problems import LEAKED, Judge, Problem, Verdict, VerdictClass, is_leaked_thought
+from gemma4_tpu.evals.problems import LEAKED, Problem, Verdict, VerdictClass, is_leaked_thought
 from gemma4_tpu.evals.scores import disagreements
 from gemma4_tpu.evals.second_opinions import OPINIONS_FILE, Second, columns, prepare, second_opinions
 from gemma4_tpu.evals.store import Key, Rows, Sample, alike
@@ -115,7 +115,9 @@ _VERDICT = fields({"kind": choice(*VerdictClass), "official": maybe(FLAG)}, {
 })  # fmt: skip
 
 
-def _judge(samples: Sequence[Sample], problems: Sequence[Problem], judge: Judge, path: Path) -> Mapping[Key, Verdict]:
+def _judge(
+    samples: Sequence[Sample], problems: Sequence[Problem], judge: VerilogJudge, path: Path
+) -> Mapping[Key, Verdict]:
     """Verdicts of all samples; equal completions of a problem are simulated once."""
     by_name = {problem.name: problem for problem in problems}
     with Rows(path, _VERDICT) as rows:

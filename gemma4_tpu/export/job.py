@@ -126,7 +126,7 @@ def prepare(run: Path | str, export: ExportConfig, *, several: bool) -> ExportJo
     """Opens a run and checks it, its base and the targets; writes nothing.
 
     Raises:
-      UserError: something does not fit together, a target exists, or there is too little space.
+      UserError: something does not fit together, or a target exists.
     """
     trained = open_trained(run, export)
     if ADAPTER in KINDS[export.format]:

@@ -20,7 +20,7 @@ from gemma4_tpu.models import token_rows
 from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.match import Match, fit
-from gemma4_tpu.models.names import Tensor, adapted_tensors, full_name, name_map
+from gemma4_tpu.models.names import Tensor, adapted_tensors, full_name, name_map, some
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.models.weights import EMBEDDING
 from gemma4_tpu.tracking.records import broken_certificate, read_record
@@ -182,14 +182,10 @@ def _check_values(trained: Trained) -> None:
     expected = {name: leaf.shape for leaf in leaves for name in leaf.tunix_names}
     where = f"{trained.state.folder}"
     if missing := sorted(expected.keys() - set(trained.state.names)):
-        raise UserError(f"{where}: has no {_some(missing)}, though the run's config.yaml trains it")
+        raise UserError(f"{where}: has no {some(missing, 5)}, though the run's config.yaml trains it")
     if unused := sorted(set(trained.state.names) - expected.keys()):
-        raise UserError(f"{where}: {_some(unused)} would not be used: the run's config.yaml does not train it")
+        raise UserError(f"{where}: {some(unused)} would not be used: the run's config.yaml does not train it")
     for name, shape in expected.items():
         if (found := trained.state.shape(name)) != shape:
             rank = f" (lora.rank={lora.rank})" if lora.enabled else ""
             raise UserError(f"{where}: {name} has shape {list(found)}, but config.yaml requires {list(shape)}{rank}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

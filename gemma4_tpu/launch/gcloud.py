@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
+from gemma4_tpu.children import end_with_parent
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.launch.record import PREFIX, Launch
 
@@ -58,7 +59,10 @@ def gcloud(arguments: Sequence[str]) -> str:
             "gcloud: not found; install the Google Cloud CLI (https://cloud.google.com/sdk/docs/install, or: sudo snap"
             " install google-cloud-cli --classic) and run gcloud auth login; dry_run=true needs none"
         )
-    done = subprocess.run(["gcloud", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    done = subprocess.run(
+        ["gcloud", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False,
+        preexec_fn=end_with_parent,
+    )  # fmt: skip
     if done.returncode:
         raise explain(done.stderr or done.stdout, shown=f"gcloud {' '.join(arguments[:4])}")
     return done.stdout

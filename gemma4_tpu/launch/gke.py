@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from gemma4_tpu.children import end_with_parent
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.machines import HardwareConfig
@@ -106,7 +107,7 @@ def create(loaded: Loaded[GkeRoot, Checked]) -> tuple[list[str], str]:
 
 
 def _submit(command: list[str], config: GkeConfig) -> int:
-    code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
+    code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False, preexec_fn=end_with_parent).returncode
     if code == 0:
         place = f"--cluster={config.cluster} --project={config.project} --zone={config.zone}"
         name = command[3].partition("=")[2]
@@ -128,7 +129,7 @@ def _shown(command: list[str], hardware: HardwareConfig) -> str:
         manifest = Path(folder) / "jobset.yaml"
         done = subprocess.run(
             [*command, "--dry-run", "--skip-validation", f"--output-manifest-file={manifest}"],
-            capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False,
+            capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False, preexec_fn=end_with_parent,
         )  # fmt: skip
         if done.returncode or not manifest.exists():
             raise UserError(f"xpk workload create --dry-run: {(done.stderr or done.stdout).strip()[-600:]}")

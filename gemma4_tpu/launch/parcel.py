@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import gemma4_tpu
+from gemma4_tpu.children import end_with_parent
 from gemma4_tpu.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,8 @@ def files(checkout: Path) -> list[str]:
 def _git(checkout: Path, *arguments: str) -> str:
     try:
         command = ["git", "-C", str(checkout), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        done = subprocess.run(command, capture_output=True, text=True, check=True, preexec_fn=end_with_parent)
+        return done.stdout
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", "") or str(error)).strip()
         raise UserError(

@@ -125,7 +125,7 @@ train() {  # until it has finished or can't; returns its last exit code
     say "training: exit code $code"
     [[ -z $stopping ]] || return 42
     case $code in
-      0 | 2 | 130) return "$code" ;;
+      0 | 2 | 64 | 130) return "$code" ;;
       42) say "saved: resuming" ;;
       *)
         crashes=$((crashes + 1))

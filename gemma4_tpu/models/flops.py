@@ -32,19 +32,14 @@ def matmul_parameters(arch: Architecture, only: Callable[[Tensor], bool] = lambd
     return sum(map(active, products))
 
 
-def lora_parameters(arch: Architecture, lora: LoraConfig) -> int:
+def lora_parameters(arch: Architecture, lora: LoraConfig, experts: int | None = None) -> int:
     """Trained parameters of the adapters: an A `[r, in]`, and for each weight on disk a B `[out, r]` and DoRA's
-    lengths.
+    lengths. `experts`: how many of each layer count; None: all.
     """
-    return _lora_parameters(arch, lora, arch.num_experts)
-
-
-def _lora_parameters(arch: Architecture, lora: LoraConfig, experts: int) -> int:
-    """Parameters of the adapters, counting `experts` experts per layer."""
     adapted, count = Layout.of(arch, lora).adapted, 0
     for tensor in adapted_tensors(arch, adapted).values():
         how, outputs = adapted[tensor.name], len(tensor.hf_names) * tensor.hf_shape[-2]
-        each = experts if tensor.weight.each else 1
+        each = (arch.num_experts if experts is None else experts) if tensor.weight.each else 1
         count += each * (how.rank * (tensor.hf_shape[-1] + outputs) + how.dora * outputs)
     return count
 
@@ -90,7 +85,7 @@ def train_flops_per_token(
     base = 4 * matmul_parameters(arch) + 3 * attention_flops(arch, mean_length)
     if beside is not None:
         base += 2 * matmul_parameters(beside) + attention_flops(beside, mean_length)
-    return base - forward_only + 2 * in_full + 6 * _lora_parameters(arch, lora, arch.experts_per_token)
+    return base - forward_only + 2 * in_full + 6 * lora_parameters(arch, lora, arch.experts_per_token)
 
 
 def _first_trained_layer(layout: Layout) -> int:

@@ -180,7 +180,7 @@ def peft_names(hf_name: str, prefix: str) -> tuple[str, str]:
 
 def peft_magnitude_name(hf_name: str, prefix: str) -> str:
     """PEFT's name of DoRA's magnitudes of the weight `hf_name`."""
-    return f"base_model.model.{prefix}{hf_name.removesuffix('.weight')}.lora_{MAGNITUDE}"
+    return f"{PEFT_PREFIX}{prefix}{hf_name.removesuffix('.weight')}.lora_{MAGNITUDE}"
 
 
 def from_peft_name(name: str) -> tuple[str, str, str] | None:

@@ -18,6 +18,7 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.$-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.$-]+) = (.*)$", re.DOTALL)
 _COMMENT = re.compile(r"/\*.*?\*/")
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.$-]+)")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _OPENING, _CLOSING = "([{", ")]}"
 
@@ -63,6 +64,12 @@ class Instruction:
             names = [name.strip().lstrip("%") for name in branches[1].split(",")]
             found |= {f"branch{i}": name for i, name in enumerate(names)}
         return found
+
+    @property
+    def op_name(self) -> str:
+        """The operation of the traced program that it computes, with its scopes; empty if XLA made it."""
+        found = _OP_NAME.search(self.attributes)
+        return found[1] if found else ""
 
     def numbers(self, key: str) -> tuple[int, ...]:
         """The list of an attribute such as `lhs_contracting_dims={1}`; empty if not given."""

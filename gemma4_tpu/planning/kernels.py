@@ -78,7 +78,7 @@ def kernel_work(call: Instruction, operands: list[tuple[Array, ...]]) -> Work | 
         return None
     values = dict(re.findall(r'"(\w+)":"?(\d+)', told[1]))
     flops = float(values.get("flops", 0))
-    if _GROUPED in _op_name(call):
+    if _GROUPED in call.op_name:
         return Work(flops, _grouped_bytes(call, operands), reads_part=True)
     boundary = call.bytes + sum(array.bytes for arrays in operands for array in arrays)
     return Work(flops, float(values.get("bytes_accessed", boundary)))
@@ -100,8 +100,8 @@ def _splash(call: Instruction, operands: list[Array]) -> Work | None:
     Operands: block tables as small integers, then q [.., N, T, H], k and v [.., K, keys, H]. Only blocks with unmasked
     entries are visited; in each of them, all products are computed.
     """
-    kind = next((kind for kind in _MATMULS if f"_{kind}" in call.name + _op_name(call)), None)
-    scope = _SCOPE.search(_op_name(call))
+    kind = next((kind for kind in _MATMULS if f"_{kind}" in call.name + call.op_name), None)
+    scope = _SCOPE.search(call.op_name)
     if kind is None or scope is None:
         return None
     q, k = [array for array in operands if len(array.dims) >= 3 and array.dtype not in _SMALL][:2]
@@ -120,11 +120,6 @@ def _splash(call: Instruction, operands: list[Array]) -> Work | None:
     moving_once = 2 * (q.bytes if kind == "dkv" else k.bytes)
     traffic = boundary - moving_once + heads * visited * moved * width * item
     return Work(2.0 * matmuls * heads * visited * block_q * block_kv * width, traffic, mask)
-
-
-def _op_name(call: Instruction) -> str:
-    found = re.search(r'op_name="([^"]*)"', call.attributes)
-    return found[1] if found else ""
 
 
 def _blocks(call: Instruction, kind: str) -> tuple[int, int]:

@@ -38,7 +38,7 @@ class Frames:
             yield Frame(told[1], "", int(told[2]))
 
     def place(self, attributes: str) -> str:
-        """The innermost line of this package, such as `models/gemma4.py:107 (_project)`; empty where there is none."""
+        """The innermost line of this package, such as `models/linear.py:73 (LinearMaps.plain)`; empty if none is."""
         for frame in self.of(attributes):
             _, inside, path = frame.file.rpartition(PACKAGE)
             if inside:

@@ -31,7 +31,6 @@ LOOKED_AT = 40
 """Number of users of a result to search for a name and a source line."""
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _EQUATION = re.compile(r"[a-z]+(?:,[a-z]+)+->[a-z]+")
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
 _ATTENDING = ("attend_", "splash")
 _OF_EXPERTS = "experts_lora"
 _ROOT = "jit(train)/"
@@ -206,18 +205,18 @@ class _Reading:
     def _told(self, within: Computation, one: Instruction) -> tuple[str, str]:
         """Label and source line; for operations that the compiler added, those of their result's user."""
         takers = list(itertools.islice(_takers(within, one), LOOKED_AT))
-        named = next((taker for taker in takers if _op_name(taker)), one)
-        label = _op_name(named).removeprefix(_ROOT) or one.opcode
+        named = next((taker for taker in takers if taker.op_name), one)
+        label = named.op_name.removeprefix(_ROOT) or one.opcode
         label = label if named is one else f"{one.opcode} for {label}"
         return label, next((place for taker in takers if (place := self.frames.place(taker.attributes))), "")
 
     def _part(self, one: Instruction, counts: Counts) -> str:
-        name = _op_name(one)
+        name = one.op_name
         attending = bool(counts.attention_flops) or any(word in name for word in _ATTENDING)
         if counts.matmul_flops or counts.kernel_flops:
             if attending:
                 return ATTENTION
-            # In our equations, r is the adapter's rank and nothing else (`models/gemma4.py`).
+            # In our equations, r is the adapter's rank and nothing else (`models/weights.py`).
             ranked = (told := _EQUATION.search(name)) and "r" in told[0]
             return LORA if ranked or _OF_EXPERTS in name else BASE
         if attending:
@@ -230,11 +229,6 @@ class _Reading:
 def _cycles(one: Instruction) -> int | None:
     told = _CYCLES.search(one.attributes)
     return int(told[1]) if told else None
-
-
-def _op_name(one: Instruction) -> str:
-    told = _OP_NAME.search(one.attributes)
-    return told[1] if told else ""
 
 
 def _takers(within: Computation, one: Instruction, steps: int = 4) -> Iterator[Instruction]:

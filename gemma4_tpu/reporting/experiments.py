@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from gemma4_tpu.children import end_with_parent
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.files import read_json
 from gemma4_tpu.tracking.records import check_shape, read_record
@@ -51,7 +52,7 @@ def check_experiment(folder: str) -> int:
     run_dir = f"outputs/checks/{place.absolute().name}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
     words = [f"replay='{folder}'", f"replay_allow=[{','.join(PARTS)}]", f"run_dir='{run_dir}'", "tracker=none"]
     command = [sys.executable, "-m", "gemma4_tpu.train", *words]
-    code = subprocess.run(command, env=_environment(hardware), check=False).returncode
+    code = subprocess.run(command, env=_environment(hardware), check=False, preexec_fn=end_with_parent).returncode
     if code:
         print(f"\n{folder}: the run ended with code {code}, see {run_dir}", file=sys.stderr)
         return code
@@ -119,7 +120,9 @@ def _refuse_other_hardware(folder: str, recorded: dict[str, Any]) -> None:
     if recorded["kind"] == "cpu":
         return
     asked = "import jax; print(jax.device_count(), jax.devices()[0].device_kind)"
-    found = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", asked], capture_output=True, text=True, check=False, preexec_fn=end_with_parent
+    )
     here = (found.stdout.strip().splitlines() or ["no device that JAX can use"])[-1]
     if here != f"{recorded['devices']} {recorded['kind']}":
         raise UserError(

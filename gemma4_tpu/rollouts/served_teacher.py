@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 KEY = "OPENAI_API_KEY"
 AT_ONCE = 8
-"""Requests under way."""
+"""Requests in progress."""
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 _AS_ID = "token_id:"
 _KEPT = (("tokens", "<i4"), ("logprobs", "<f4"))
@@ -49,10 +49,10 @@ class ServedTeacher:
     """The student's."""
 
     def tell(self, examples: Examples) -> Examples:
-        """The examples with the teacher's likeliest tokens and their log-probabilities beside them.
+        """The examples with the teacher's likeliest tokens and their log-probabilities added.
 
         Raises:
-          UserError: the server is none, tells less, or has another vocabulary; what it told before is kept.
+          UserError: no server answers, or it reports less or has another vocabulary; what it reported before is kept.
         """
         assert self.objective.teacher_store is not None  # the checks
         folder = Path(self.objective.teacher_store)

@@ -19,7 +19,7 @@ from gemma4_tpu.step.objective_kinds import rows_of
 
 
 def show_prompts(config: TrainRoot) -> int:
-    """Builds the prompts of a training configuration and shows some.
+    """Builds a training configuration's prompts and shows some.
 
     Returns the exit code, 0.
 

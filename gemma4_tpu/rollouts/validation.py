@@ -33,7 +33,7 @@ class Validation:
         self, tasks: Sequence[Task], config: RolloutsConfig, updates: int, run: Path, resume_from: int | None,
         hosts: Hosts = ALONE,
     ):  # fmt: skip
-        """Of a run of so many `updates`, which goes on from `resume_from`; None: a new run."""
+        """Of a run of so many `updates`, which resumes from `resume_from`; None: a new run."""
         self._tasks, self._config, self._updates = list(tasks), config, updates
         path, self._known = run / VALIDATION_FILE, list[dict[str, Any]]()
         self._file = MetricsFile(path, after_update=resume_from, write=hosts.first) if tasks else None

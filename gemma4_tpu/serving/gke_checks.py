@@ -11,8 +11,6 @@ from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.hardware import LOCAL, SLICES
 
 GKE = "gke"
-ACCELERATORS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice", "tpu7x": "tpu7x"}
-"""GKE's names of the chips."""
 _NAME = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 
 
@@ -28,7 +26,7 @@ def gke_problems(serving: ServingConfig, adapters: list[str]) -> list[str]:
     """Problems with pods of this kind."""
     gke, messages = serving.gke, []
     slice_ = SLICES.get(serving.slice)
-    if serving.slice == LOCAL or (slice_ is not None and slice_.chip.name not in ACCELERATORS):
+    if serving.slice == LOCAL or (slice_ is not None and slice_.chip.gke_accelerator is None):
         messages.append(f"serving.slice={serving.slice}: serving.runner=gke needs a TPU slice, such as v6e-8")
     if adapters:
         messages.append("adapters: serving.runner=gke serves one merged folder; leave them out")

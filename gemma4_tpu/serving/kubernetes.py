@@ -17,7 +17,6 @@ from gemma4_tpu.hardware import SLICES
 from gemma4_tpu.serving.checks import ServeChecked
 from gemma4_tpu.serving.command import CACHE_MOUNT, MODEL_MOUNT, environment, model_name, serve_words
 from gemma4_tpu.serving.flag_checks import HANDED_ON
-from gemma4_tpu.serving.gke_checks import ACCELERATORS
 
 WAITING = "vllm:num_requests_waiting"
 PROBE_SECONDS = 10
@@ -108,7 +107,7 @@ def _pod(serving: ServingConfig, checked: ServeChecked) -> dict[str, Any]:
     return {
         **({"serviceAccountName": serving.gke.service_account} if serving.gke.service_account else {}),
         "nodeSelector": {
-            "cloud.google.com/gke-tpu-accelerator": ACCELERATORS[slice_.chip.name],
+            "cloud.google.com/gke-tpu-accelerator": slice_.chip.gke_accelerator,
             "cloud.google.com/gke-tpu-topology": str(slice_.topology).partition(":")[2],
         },
         "containers": [container],

@@ -25,7 +25,7 @@ from gemma4_tpu.step.objective_kinds import REVERSE
 TOP_TOKENS, TOP_LOGPROBS = "top_tokens", "top_logprobs"
 """Fields [M, B, T, K]: the likeliest tokens at each target, int32, and their log-probabilities, float32."""
 LEAST_OF_OTHERS = 1e-6
-"""Probability of all tokens that are not told of, at the least: sums in float32 are not better known."""
+"""Lower bound on the probability of all other tokens: float32 sums are no more precise."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Distill(Objective):
 
 @dataclass(frozen=True)
 class DistillTop(Distill):
-    """The same from what a served teacher tells of its likeliest tokens, which stands beside the tokens of the rows."""
+    """The same, from a served teacher's top-K log-probabilities, stored with each row."""
 
     top: int
     """K, how many."""

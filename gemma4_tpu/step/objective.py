@@ -21,7 +21,7 @@ REFERENCE_NLL = "reference_nll"
 them.
 """
 TEACHER = "teacher"
-"""Key of the frozen weights under which those of a teacher stand: `params`, and `lora` where it has adapters."""
+"""Key of the teacher's weights among the frozen ones: `params`, and `lora` if it has adapters."""
 
 
 class Mean(NamedTuple):

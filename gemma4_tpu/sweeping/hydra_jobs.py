@@ -67,6 +67,8 @@ def sweeping(
     except UserError as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         raise SystemExit(REFUSED) from None
+    if stop.exit_code:
+        print(f"\ninterrupted; the same command with hydra.sweep.dir={folder} resumes it", file=sys.stderr)
     if code := stop.exit_code or _exit_code(opened):
         raise SystemExit(code)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from gemma4_tpu.errors import PREEMPTED, TERMINATED, last_words
+from gemma4_tpu.errors import PREEMPTED, TERMINATED, last_refusal, last_words
 from gemma4_tpu.tracking.records import RESULT, result_of
 
 log = logging.getLogger(__name__)
@@ -73,15 +73,16 @@ class Child(ABC):
     def error(self) -> str:
         """One line on why it failed: from its result, else the refusal or exception in its log, else its exit code."""
         code = self.poll() or 0
+        with self.log_path.open("rb") as output:
+            output.seek(self._log_start)
+            printed = output.read().decode(errors="replace")
         if code < 0:
             memory = " (was the machine out of memory?)" if code == -signal.SIGKILL else ""
-            return f"killed by signal {-code}{memory}"
+            return last_refusal(printed) or f"killed by signal {-code}{memory}"
         told = result_of(self.run_dir).values
         if told.get("status") == "failed" and told.get("error"):
             return str(told["error"])
-        with self.log_path.open("rb") as output:
-            output.seek(self._log_start)
-            return last_words(output.read().decode(errors="replace")) or f"exit code {code}"
+        return last_words(printed) or f"exit code {code}"
 
 
 class OwnChild(Child):

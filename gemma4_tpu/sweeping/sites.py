@@ -75,7 +75,7 @@ class Cluster(Site):
     def running(self, job: SweepJob) -> Child | None:
         """As `Site.running`."""
         log_path, run_folder = self._sweep.log_path(job), self._sweep.run_folder(job)
-        return SlurmChild.of(job.pid, job.name, self._script(job), log_path, run_folder, self._queue)
+        return SlurmChild.of(self._script(job), log_path, run_folder, self._queue)
 
     def _script(self, job: SweepJob) -> Path:
         return self._sweep.folder / "slurm" / f"{job.name}.sh"

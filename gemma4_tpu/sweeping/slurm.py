@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from gemma4_tpu.children import end_with_parent
 from gemma4_tpu.config.sweeps import Slurm
 from gemma4_tpu.errors import PREEMPTED, TERMINATED, UserError
 from gemma4_tpu.sweeping.job_process import Child
@@ -59,16 +60,16 @@ class Queue:
         return int(done.stdout.strip().partition(";")[0])
 
     def jobs(self) -> dict[int, tuple[str, str]]:
-        """Id → (state, name) of this user's waiting and running jobs, some seconds old; unchanged while SLURM's
+        """Id → (state, script) of this user's waiting and running jobs, some seconds old; unchanged while SLURM's
         controller does not respond.
         """
         if time.monotonic() - self._asked_at > _SECONDS_BETWEEN_QUESTIONS:
             self._asked_at = time.monotonic()
-            done = _run("squeue", "--me", "--noheader", "--format=%A %T %j")
+            done = _run("squeue", "--me", "--noheader", "--format=%A %T %o")
             if done.returncode == 0:
                 self.asked += 1
                 lines = [line.split(maxsplit=2) for line in done.stdout.splitlines() if line.strip()]
-                self._jobs = {int(number): (state, name) for number, state, name in lines}
+                self._jobs = {int(number): (state, script) for number, state, script in lines}
             else:
                 log.debug("squeue: %s", done.stderr.strip())
         return self._jobs
@@ -101,14 +102,12 @@ class SlurmChild(Child):
         return cls(queue.submit(script), script, log_path, run_dir, queue)
 
     @classmethod
-    def of(
-        cls, number: int | None, name: str, script: Path, log_path: Path, run_dir: Path, queue: Queue
-    ) -> SlurmChild | None:
-        """The job that an earlier parent submitted, if SLURM still has it."""
-        known = queue.jobs().get(number) if number is not None else None
-        if number is None or known is None or known[1] != name:
-            return None
-        return cls(number, script, log_path, run_dir, queue)
+    def of(cls, script: Path, log_path: Path, run_dir: Path, queue: Queue) -> SlurmChild | None:
+        """The job that an earlier parent submitted, if SLURM still has it, by its script: a parent can be killed before
+        it has kept the number.
+        """
+        found = [number for number, (_, other) in queue.jobs().items() if other == str(script)]
+        return cls(min(found), script, log_path, run_dir, queue) if found else None
 
     def poll(self) -> int | None:
         """As `Child.poll`; -9 if it has left the queue without an exit code."""
@@ -164,6 +163,8 @@ def _stop(script: Path) -> Path:
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False, preexec_fn=end_with_parent
+        )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: no answer within {_ANSWER_SECONDS} s")

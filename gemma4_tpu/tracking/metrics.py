@@ -68,7 +68,7 @@ class MetricsFile:
         self._last_update = -1 if after_update is None else after_update
         self._file = None
         self.rows = 0
-        """That are in the file."""
+        """Number of rows in the file."""
         self.undone_at_seconds: float | None = None
         """`seconds` of the last row that was dropped, which the run makes again."""
         if write:

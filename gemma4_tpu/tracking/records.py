@@ -96,7 +96,7 @@ def check_shape(value: Any, shape: Shape, where: str | Path, advice: str = "brin
 
 
 def read_checked(path: Path, shape: Shape, advice: str) -> Any:
-    """The content of a JSON file that is no record, as `check_shape` has it.
+    """The content of a JSON file other than a record, as `check_shape` has it.
 
     Raises:
       UserError: it is not JSON, or has another shape.

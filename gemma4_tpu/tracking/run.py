@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from gemma4_tpu.data.hard_limit import leave_result_in
 from gemma4_tpu.errors import UserError, first_line, stopped_code
 from gemma4_tpu.redact import redact_arguments
 from gemma4_tpu.storage import is_remote, join
@@ -122,6 +123,8 @@ class RunFolder:
             self.bucket.reach(self.bucket.push)
         else:
             Path(self.checkpoints).mkdir(exist_ok=True)
+        if kind != PLAN:
+            leave_result_in(self.result_path, kind)
 
     @classmethod
     def existing(cls, path: str | Path, key: str = "run") -> RunFolder:
@@ -249,6 +252,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Copies changes to the bucket, if any, and releases the lock."""
+        leave_result_in(None)
         try:
             if self.write:
                 self._ballast.unlink(missing_ok=True)

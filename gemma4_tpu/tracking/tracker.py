@@ -36,7 +36,7 @@ class Tracker:
         """
 
     def summary(self, values: dict[str, Any]) -> None:
-        """What came of the run, such as the fields of `Result`."""
+        """The run's result, such as the fields of `Result`."""
 
     def close(self, status: str = "finished") -> None:
         """Ends tracking; a status that is not `is_good` marks the run as failed."""

@@ -1,4 +1,4 @@
-"""Checks across the fields of a training configuration: ranges, choices, files, batch sizes and the mesh. Imports no
+"""Checks across a training configuration's fields: ranges, choices, files, batch sizes and the mesh. Imports no
 JAX.
 
 `examine_train` finds everything that can be known before an accelerator runtime starts. Once JAX has reported its

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import psutil
@@ -18,7 +19,8 @@ from gemma4_tpu.data import hard_limit as limits
 from gemma4_tpu.data import overseer
 from gemma4_tpu.data.chat import ChatFormat
 from gemma4_tpu.data.tokenizer import limited_parts, load_tokenizer
-from gemma4_tpu.errors import REFUSED, UserError
+from gemma4_tpu.errors import OVERRUN, REFUSED, UserError
+from gemma4_tpu.tracking.records import result_of
 from tests.data.conftest import chat_row
 from tests.evals.server import Server
 from tests.serving import free_port
@@ -45,7 +47,7 @@ QUICK = ("comparison", "json")
 SLOW, FAILING = "(?:a|a){1,22}(?<!a)", "(?:a|a)+(?<!a)"
 """Backtrack 4 million times from each place, and more often than the library permits in one place."""
 SOFT, HARD = 0.5, 1.5  # seconds
-KILLED = -signal.SIGKILL
+KILLED = OVERRUN  # by the signal of this number
 RUN = f"""
 import sys
 from gemma4_tpu.data import timeout, tokenizer
@@ -217,13 +219,19 @@ def test_training_ends_in_one_message_and_the_same_command_runs_again(checkpoint
     path = write_jsonl([chat_row("go", "5")] * 4)
     words = [
         "train", "data=chat_jsonl", f"data.train.0.path={path}", f"model.path={folder}", "trainer.max_updates=1",
-        f"run_dir={tmp_path / 'run'}",
+        f"run_dir={tmp_path / 'run'}", "data.sequence_length=128", "trainer.global_batch_sequences=2",
+        "trainer.microbatches=1", "data.heldout_fraction=0",
     ]  # fmt: skip
     for _ in range(2):  # the folder's lock is free
         done = run(*words, cwd=tmp_path)
         shutil.rmtree(tmp_path / "temporary")
         (told,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == KILLED and told.startswith(f"error: {path}:1: the chat template of {folder}")
+        record = result_of(tmp_path / "run")
+        assert record.kind == "training" and record.values == {"status": "failed", "error": told[len("error: ") :]}
+    shutil.copy(ROOT / "tiny/chat_template.jinja", folder)
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 0 and result_of(tmp_path / "run").values["status"] == "finished"
 
 
 def test_ordinary_pieces_are_never_ended_and_a_stopped_process_does_not_count():
@@ -278,13 +286,23 @@ def test_nothing_but_whole_scratch_folders_is_ever_removed(monkeypatch):
     """Neither a part of a long path, which is another folder, nor what a name pretends to be."""
     made = ["/" + "é" * 600, "/t/" + "b" * 1500, "/t/" + "c" * 1500, os.fsdecode(b"/t/\xff")]
     monkeypatch.setattr(limits.scratch, "made", lambda: made)
+    monkeypatch.setattr(limits, "_result", ("training", Path("/" + "r" * 4000)))
     who = limits.shown("problem \0remedy\0/home/" + "語" * 600)
     text = limits._record(f"{who}: {who}: {who}", "remedy")
     assert len(text) <= overseer.RECORD_BYTES - overseer.RECORD.size
-    told, remedy, *folders = text.split(b"\0")
-    assert remedy == b"remedy" and told.decode().endswith("語")
+    told, remedy, kind, result, *folders = text.split(b"\0")
+    assert (remedy, kind, result) == (b"remedy", b"", b"") and told.decode().endswith("語")
     assert folders and set(folders) < set(map(os.fsencode, made)) and folders[-1] == b"/t/\xff"
     assert "\0" not in limits.shown("a\0/home") and limits.shown("a\ud800") == "a\\ud800"
+
+
+def test_the_result_of_a_finished_run_stays(tmp_path):
+    path = tmp_path / "result.json"
+    for before, after in (('{"status": "finished"}', "finished"), ("{", "failed"), (None, "failed")):
+        path.unlink() if before is None else path.write_text(before)
+        overseer.leave_result(str(path), "evaluation", "why")
+        assert json.loads(path.read_text())["status"] == after
+    assert [one.name for one in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_process_1_of_a_container_ends_by_its_time():

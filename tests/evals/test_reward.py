@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from gemma4_tpu.errors import UserError
+from gemma4_tpu.errors import INTERRUPTED, TERMINATED, UserError
 from gemma4_tpu.evals.judge_server import Service, graded
 from gemma4_tpu.evals.problems import Verdict, VerdictClass
 from gemma4_tpu.evals.reward import ANNOUNCEMENT, JudgeProcess
@@ -173,6 +173,25 @@ def test_on_the_command_line_it_stops_on_sigterm(words):
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
     process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, TERMINATED), (signal.SIGUSR2, TERMINATED)],
+)  # fmt: skip
+def test_stopped_before_it_is_ready_it_says_so(number, code, words, tmp_path):
+    started = tmp_path / "started"
+    for name in ("iverilog", "vvp"):  # which never answers
+        (tmp_path / name).write_text(f"#!/bin/sh\ntouch '{started}'\nexec sleep 20\n")
+        (tmp_path / name).chmod(0o755)
+    command = [sys.executable, "-m", "gemma4_tpu.judge", *words, "port=0", f"eval.judge.iverilog={tmp_path}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not started.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=20)
+    assert process.returncode == code and said == "" and "interrupted" in errors and "Traceback" not in errors
 
 
 def test_what_does_not_start_is_one_message():

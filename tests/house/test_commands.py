@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import tomllib
 
@@ -30,6 +29,7 @@ from gemma4_tpu.launch.tpu_vm import TPU_VM
 from gemma4_tpu.report import spelt_out
 from tests.house.commands import shown_commands
 from tests.house.scripts import ROOT
+from tests.serving import free_port
 from tests.tpu_compiler import skip_without_tpu_compiler
 
 COMMANDS = shown_commands()
@@ -196,9 +196,3 @@ def check_script(path: str, arguments: list[str]) -> None:
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_parser"
     }  # fmt: skip
     assert not subcommands or arguments[0] in subcommands
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

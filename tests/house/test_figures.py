@@ -14,3 +14,4 @@ def test_a_figure_needs_a_word_or_a_link():
         "# Speed\n\nIt takes 12 s.\n\nIt costs $3, see [plans](plans.md). `12 s`\n\n## More\n\n*Measured*:\n\n40 GB.\n"
     )
     assert list(unsourced(page)) == ["It takes 12 s."]
+    assert list(unsourced("It takes 12 s.\n\nIt is fast.\n\n*Measured*: 3 s.")) == ["It takes 12 s."]

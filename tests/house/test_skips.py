@@ -1,6 +1,7 @@
-"""CI is red where a test was skipped for a reason that tests/allowed_skips.txt does not name."""
+"""CI is red where a test was skipped for a reason that tests/allowed_skips.txt does not name, or that must run."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -26,14 +27,37 @@ def test_needs_a_program(): pytest.skip("no such program (1.2)")
     ],
 )
 def test_a_skip_that_is_not_listed_fails(listed, workers, told, tmp_path):
-    (tmp_path / "test_some.py").write_text(TESTS)
     allowed = tmp_path / "listed.txt"
     allowed.write_text(listed)
-    options = ["-p", "tests.conftest", "-c", "/dev/null", "-n", str(workers), "--allowed-skips", str(allowed)]
+    check(told, tmp_path, "-n", str(workers), "--allowed-skips", str(allowed))
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ("test_other.py", None),
+        ("test_other.py,test_some.py", "test_some.py has to run here: 1 tests passed, 2 were skipped"),
+        ("test_gone.py", "test_gone.py has to run here: 0 tests passed, 0 were skipped"),
+    ],
+)
+def test_a_file_that_has_to_run_fails_if_it_does_not(files, told, tmp_path):
+    check(told, tmp_path, "-n", "0", "--must-run", files)
+
+
+def check(told, place, *options):
+    """Runs tests of two files, of which one skips; CI fails if it has something to tell."""
+    (place / "test_some.py").write_text(TESTS)
+    (place / "test_other.py").write_text("def test_runs(): pass")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(tmp_path)],
+        [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", "/dev/null", *options, str(place)],
         cwd=ROOT, env={**os.environ, "PYTEST_ADDOPTS": ""}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == (1 if told else 0), done.stdout + done.stderr
-    assert "1 passed, 2 skipped" in done.stdout
+    assert "2 passed, 2 skipped" in done.stdout
     assert told is None or told in done.stdout
+
+
+def test_what_ci_must_run_is_there():
+    """A renamed file would fail CI only after an hour."""
+    named = re.search(r"must_run=(\S+)", (ROOT / ".ci/run").read_text())[1].split(",")
+    assert len(named) >= 5 and all((ROOT / name).is_file() for name in named)

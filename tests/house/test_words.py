@@ -1,7 +1,8 @@
-"""CONTRIBUTING's "Words": phrases that its list replaces are in no page, recipe or message."""
+"""CONTRIBUTING's "Words": phrases that its list replaces are in no page, recipe, message, docstring or comment."""
 
 import ast
 import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,10 @@ def texts() -> Iterator[tuple[str, str]]:
     for path in ROOT.glob("gemma4_tpu/**/*.py"):
         for line, said in messages(path):
             yield f"{path.relative_to(ROOT)}:{line}", said
+    for pattern in ("gemma4_tpu/**/*.py", "benchmarks/*.py", "experiments/**/*.py", "launch/*.py"):
+        for path in ROOT.glob(pattern):
+            for line, said in explanations(path):
+                yield f"{path.relative_to(ROOT)}:{line}", _QUOTED.sub("", said)
 
 
 def messages(path: Path) -> Iterator[tuple[int, str]]:
@@ -60,6 +65,18 @@ def messages(path: Path) -> Iterator[tuple[int, str]]:
         said = node.value if isinstance(node, ast.Constant) and id(node) not in statements else None
         if isinstance(said, str) and " " in said:
             yield node.lineno, said
+
+
+def explanations(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of a module's docstrings and comments."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        said = node.value.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) else None
+        if isinstance(said, str):
+            yield node.lineno, said
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type == tokenize.COMMENT:
+                yield token.start[0], token.string
 
 
 def test_no_text_uses_a_phrase_that_the_list_replaces():

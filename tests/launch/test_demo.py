@@ -67,7 +67,7 @@ def test_the_whole_path_in_order_around_one_run_folder(tmp_path):
     assert demo.process.wait(60) == 0
     assert list(demo.steps) == ["train", "merge", "evaluate", "serve", "bench", "report"]
     assert demo.steps["train"][1:] == [f"run_dir={tmp_path / 'run'}", "lora.rank=8"]
-    assert demo.steps["report"][1:] == [f"run={tmp_path / 'run'}"]
+    assert demo.steps["report"][1:] == [f"run={tmp_path / 'run'}", "prices={local:0.10}"]
     assert demo.server_is_gone()
 
 

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from gemma4_tpu.errors import OVERRUN
 from gemma4_tpu.launch.render import render
 from gemma4_tpu.launch.tpu_vm import new_launch
 from gemma4_tpu.train import load_train
@@ -110,7 +111,7 @@ def test_starts_again_after_42_and_after_crashes(host):
     assert all(ran == host.ran[0] for ran in host.ran)
 
 
-@pytest.mark.parametrize(("codes", "starts"), [([2], 1), ([130], 1), ([3, 1, 3], 3)])
+@pytest.mark.parametrize(("codes", "starts"), [([2], 1), ([OVERRUN], 1), ([130], 1), ([3, 1, 3], 3)])
 def test_gives_up_reports_and_deletes_the_slice(host, codes, starts):
     host = host("launch.restarts=2")
     assert host.run(*codes) == codes[-1]

@@ -12,6 +12,10 @@ from gemma4_tpu.models.layout import Layout
 
 BIG = ARCHITECTURES["gemma4_31b"]
 SETTINGS = {
+    "attention": {"targets": ["attention"]},
+    "mlp": {"targets": ["mlp"]},
+    "all linear": {"targets": ["attention", "mlp"]},
+    "experts": {"targets": ["mlp", "experts"]},
     "values": {"targets": ["q", "v"]},
     "keys": {"targets": ["k", "down"]},
     "layers": {"layers": ["1-2", "-1"]},

@@ -12,10 +12,11 @@ def test_single_modules_are_named_as_people_name_them():
 
 def test_dropout_is_drawn_as_it_was_for_runs_that_go_on_from_older_checkpoints():
     folds = {weight.name: weight.fold for weight in LAYER if weight.role in ("attention", "mlp")}
-    assert folds == {
+    older = {
         "attn.q_einsum.w": 0, "attn.kv_einsum.w": 1, "attn.k_einsum.w": 2, "attn.attn_vec_einsum.w": 3,
         "mlp.gate_proj.kernel": 4, "mlp.up_proj.kernel": 5, "mlp.down_proj.kernel": 6,
     }  # fmt: skip
+    assert older.items() <= folds.items()
 
 
 def test_no_two_adapters_share_a_dropout_mask():

@@ -47,7 +47,9 @@ def main() -> int:
             folder.leave_result(Result(status="preempted", updates=update))
             return 42
     if "error" in mine:
-        print(f"error: {mine['error']}", file=sys.stderr)
+        print(f"error: {mine['error']}", file=sys.stderr, flush=True)
+        if mine.get("killed"):
+            os.kill(os.getpid(), signal.SIGKILL)
         return 2
     result = Result(
         status="finished", updates=len(losses) - 1, heldout_loss_last=losses[-1], heldout_loss_best=min(losses),

@@ -67,6 +67,12 @@ def test_a_failing_and_a_preempted_job_do_not_stop_a_sweep_and_the_next_start_go
     assert second.jobs["lora.rank-4"].starts == 2
 
 
+def test_why_a_job_was_killed_is_told_if_it_said_so(sweep):
+    sweep.behave(**{"lora.rank-4": {"error": "the template of x", "killed": True}})
+    done = sweep("lora.rank=2,4", exit_code=1)
+    assert [job.error for job in done.jobs.values()] == [None, "the template of x"]
+
+
 def test_a_job_is_given_up_after_so_many_preemptions(sweep):
     sweep.behave(all={"preempted": 9})
     done = sweep("lora.rank=choice(2)", "hydra.launcher.max_restarts=1", exit_code=1)

@@ -1,19 +1,25 @@
-"""Sweeps as batch jobs, on a real SLURM cluster of one node; the jobs are stand-ins, the signals are SLURM's."""
+"""Sweeps as batch jobs, on a real SLURM cluster of one node; most jobs are stand-ins, the signals are SLURM's."""
 
 import json
 import os
 import re
 import signal
 import subprocess
+import sys
 
+import psutil
 import pytest
 
 from gemma4_tpu.config.sweeps import Slurm
-from gemma4_tpu.sweeping import slurm
+from gemma4_tpu.sweeping import sites, slurm
 from gemma4_tpu.sweeping.slurm import batch_script
+from gemma4_tpu.sweeping.state import SweepJob
 from tests.sweeping.cluster import cluster  # noqa: F401 (fixture)
 from tests.sweeping.test_multirun import when
+from tests.training.conftest import HARD, REPO, cache, shallow  # noqa: F401 (fixtures)
+from tests.training.test_resume import rows
 
+SHALLOW = str(REPO / "tests/training/shallow.py")
 SWEPT = ["hydra/launcher=slurm", "hydra.launcher.plan=false", "lora.rank=4,8"]
 
 
@@ -38,11 +44,15 @@ def test_a_sweep_is_requeued_times_out_goes_on_without_its_parent_and_skips_what
     numbers = {job.name: job.pid for job in left.jobs.values()}
     assert "lora.rank-8" in said_by("squeue", "--noheader", "--format=%j")
 
+    # As if the parent had been killed between sbatch and its record of it.
+    left.jobs["lora.rank-8"] = SweepJob(name="lora.rank-8", values={"lora.rank": "8"}, words=[])
+    left.save()
+
     # The same command follows them. One exited with 42, the other was told by SLURM that its time is nearly over.
     done = sweep(*SWEPT, *limits)
     assert [job.status for job in done.jobs.values()] == ["finished", "finished"]
     assert {job.name: job.pid for job in done.jobs.values()} == numbers and "taken over" in caplog.text
-    assert all(job.starts == 1 for job in done.jobs.values())
+    assert [job.starts for job in done.jobs.values()] == [1, 0]  # nothing was submitted again
     for number in numbers.values():
         assert "Restarts=1" in said_by("scontrol", "show", "job", str(number))
     assert sorted(sweep.starts) == ["lora.rank-4"] * 2 + ["lora.rank-8"] * 2
@@ -62,6 +72,42 @@ def test_a_sweep_is_requeued_times_out_goes_on_without_its_parent_and_skips_what
     assert failed.jobs["lora.rank-2"].error == "no such rank"
     assert "is gone without an exit code" in failed.jobs["lora.rank-16"].error
     assert said_by("squeue", "--noheader") == ""
+
+
+@pytest.mark.slow
+def test_a_training_run_that_slurm_tells_to_save_is_requeued_and_comes_out_bit_identical(
+    sweep, cluster, shallow, monkeypatch  # noqa: F811
+):  # fmt: skip
+    """SLURM's signal reaches every process of the step: those of the tracker and of the hard limits, too."""
+    words = [*HARD, "trainer.max_updates=6", "tracker=wandb", "tracker.mode=offline"]
+    whole = sweep.folder.with_name("whole")
+    shallow(*words, f"run_dir={whole}", cwd=whole.parent)
+
+    monkeypatch.setattr(slurm, "_SECONDS_BETWEEN_QUESTIONS", 2.0)
+    monkeypatch.setattr(
+        sites, "command", lambda entry, told, run_dir: [sys.executable, SHALLOW, *told, f"run_dir='{run_dir}'"]
+    )
+    for name, value in shallow.environment().items():
+        monkeypatch.setenv(name, value)
+    reached = []
+
+    def lines() -> list:
+        return [line for path in sweep.folder.glob("*/metrics.jsonl") for line in path.open()]
+
+    def tell():
+        (run,) = [one for one in psutil.process_iter(["cmdline"]) if (one.info["cmdline"] or [])[1:2] == [SHALLOW]]
+        reached.extend(child.cmdline() for child in run.children())
+        said_by("scancel", "--signal=USR2", said_by("squeue", "--noheader", "--format=%A").strip())
+
+    watch = when(lambda: len(lines()) > 3, tell)
+    done = sweep("hydra/launcher=slurm", "hydra.launcher.plan=false", *words)
+    watch.join()
+    (job,) = done.jobs.values()
+    log, run = sweep.folder.joinpath("logs", f"{job.name}.log").read_text(), sweep.folder / job.name
+    assert job.status == "finished" and "Restarts=1" in said_by("scontrol", "show", "job", str(job.pid)), log
+    assert "preempted and saved at update" in log and "resumed from the checkpoint" in log and "Traceback" not in log
+    assert rows(run) == rows(whole)
+    assert len(reached) == 2 and any("overseer.py" in " ".join(words) for words in reached), reached
 
 
 def test_without_slurm_the_message_says_where_to_start(sweep, monkeypatch, capsys):

@@ -1,7 +1,6 @@
 """Several real processes of one run: the same numbers as one process, preemption, a process that dies."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from gemma4_tpu.errors import PREEMPTED, UserError
 from gemma4_tpu.tracking.result import Result
 from gemma4_tpu.training.hosts import Hosts
 from gemma4_tpu.training.saved import open_saved
+from tests.serving import free_port
 from tests.training.test_resume import kill_when, rows
 
 SHORT = [
@@ -24,12 +24,6 @@ SHORT = [
 
 
 SCRIPT = Path(__file__).with_name("several_meshes.py")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def weights(run: Path) -> dict[str, bytes]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 
-from gemma4_tpu.data.codev import split_response
+from gemma4_tpu.data.codev import fenced_blocks, split_response
 from gemma4_tpu.data.drops import RowDropped
 from gemma4_tpu.data.markup import CHANNEL, CHANNEL_END
+from gemma4_tpu.evals.problems import Problem
 from gemma4_tpu.evals.verilog.scan import blank, defined_modules
 
 _FENCE = re.compile(r"(?P<mark>`{3,}|(?<![^\n])[ \t>]*~{3,})(?P<rest>[^\n]*)")
@@ -41,6 +42,17 @@ _WARNED = re.compile(
 _MENDED = re.compile(
     r"\b(?:correct(?:ed|ly|ion)?|fix(?:ed|es)?|right|proper(?:ly)?|instead|mended|final)\b", re.IGNORECASE
 )
+
+
+def code_of(completion: str, problem: Problem) -> str | None:
+    """The code in an answer to `problem`, after the problem's header if the answer is a module's body alone."""
+    begun = not problem.header or re.search(rf"\bmodule\s+{re.escape(problem.top)}\b", completion)
+    return extract(completion if begun else _with_header(completion, problem.header), problem.top)
+
+
+def _with_header(body: str, header: str) -> str:
+    bodies = fenced_blocks(body) or [body]
+    return f"```verilog\n{header.strip()}\n{bodies[-1]}\n```"
 
 
 def extract(completion: str, top: str) -> str | None:

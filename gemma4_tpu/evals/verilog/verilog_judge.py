@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Problem, Verdict
-from gemma4_tpu.evals.verilog.extract import extract
-from gemma4_tpu.evals.verilog.header import with_header
+from gemma4_tpu.evals.verilog.extract import code_of
 from gemma4_tpu.evals.verilog.iverilog import find_tools
 from gemma4_tpu.evals.verilog.pool import Pool
 from gemma4_tpu.evals.verilog.sandbox import Level
@@ -76,7 +75,7 @@ class VerilogJudge:
         """
         if problem.name not in self._golden:
             raise AssertionError(f"{problem.name}: prepare() has not seen this problem")
-        code = extract(with_header(completion, problem), problem.top)
+        code = code_of(completion, problem)
         return self._pool.verdict(problem, code, self._golden[problem.name], self.level, official)
 
     def judge(self, problem: Problem, completion: str) -> Verdict:

@@ -12,7 +12,7 @@ from gemma4_tpu.evals import benchmarks
 from gemma4_tpu.evals.problems import VerdictClass
 from gemma4_tpu.evals.verilog.completion import VerilogEvalCompletion
 from gemma4_tpu.evals.verilog.cvdp import Cvdp
-from gemma4_tpu.evals.verilog.header import with_header
+from gemma4_tpu.evals.verilog.extract import code_of
 from gemma4_tpu.evals.verilog.resbench import ResBench
 from gemma4_tpu.evals.verilog.stage import NoStage, read_interface
 from gemma4_tpu.evals.verilog.strength import grade
@@ -183,8 +183,8 @@ def test_completion_prompts_are_the_benchmarks_and_bodies_are_answers(tmp_path):
     assert problem.prompt.endswith(header)
     body, whole = "  assign out = ~in;\nendmodule", f"{header}  assign out = ~in;\nendmodule"
     for answer in (body, fenced(body)):
-        assert "".join((header + body).split()) in "".join(with_header(answer, problem).split())
-    assert with_header(fenced(whole), problem) == fenced(whole)
+        assert "".join(code_of(answer, problem).split()) == "".join(whole.split())
+    assert code_of(fenced(whole), problem) == whole
 
 
 class NoSource:
