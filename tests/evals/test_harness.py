@@ -139,7 +139,9 @@ def test_secrets_that_lm_eval_is_given_are_in_no_file_of_ours(played, tmp_path, 
     assert leaks(tmp_path, printed.out, printed.err) == []
     place = tmp_path / "run/lm_eval/m"
     assert json.loads((place / "samples_toy_1.jsonl").read_text())["arguments"] == "*** Authorization: Bearer ***"
-    assert json.loads((place / "results_1.json").read_text())["config"]["model_args"]["base_url"].count("***") == 1
+    assert json.loads((place / "results_1.json").read_text())["config"]["model_args"]["base_url"].endswith(
+        "/***/v1/completions"
+    )
     assert "system_instruction" in (tmp_path / "run/lm_eval.log").read_text()
     assert HarnessOutcome.read(tmp_path / "run").tasks["toy"].metrics["acc,none"].value == 1.0
 

@@ -141,6 +141,7 @@ AROUND = {
     "planning/child.py", "planning/compilation.py", "evals/reward.py",  # temporary, of a process of ours
     "sweeping/slurm.py",  # a batch script, which has to run; for its owner's eyes
     "sweeping/job_process.py", "sweeping/plan_check.py",  # commands of ours, which blank what they print
+    "data/overseer.py",  # a message that `hard_limit.py` has blanked
     "training/watchdog.py",  # stacks: names of functions and numbers of lines
     "rollouts/served_teacher.py", "data/picture_cache.py", "planning/kept_programs.py",  # numbers
     "tracking/run.py", "tracking/bucket.py",  # zeros that hold room on the disk; files that went through here before
@@ -165,8 +166,7 @@ def writes(tree):
         if (
             (method in ("write_text", "write_bytes") and called != "write_text")
             or called in ("yaml.dump", "json.dump", "OmegaConf.save")
-            or (method in ("open", "fdopen") and mode and _is_mode(mode))
-            or method in ("TemporaryFile", "NamedTemporaryFile")
+            or (method in ("open", "fdopen", "TemporaryFile", "NamedTemporaryFile") and mode and _is_mode(mode))
             or (is_child and any(not re.fullmatch(r"(subprocess\.)?[A-Z]+|None", stream) for stream in streams))
         ):
             yield ast.unparse(node)
