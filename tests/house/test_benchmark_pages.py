@@ -35,11 +35,40 @@ def test_what_needs_a_variable_is_left_out_without_it(page, monkeypatch, capfd):
     page.write_text("<!-- measured: echo $NOT_SET_HERE -->\n\nold\n\n<!-- end -->\n")
     monkeypatch.setattr(sys, "argv", ["benchmarks"])
     assert __main__.main() == 0 and "old" in page.read_text()
-    assert "left out, since NOT_SET_HERE is not set" in capfd.readouterr().out
+    assert "left out: speed.md, since NOT_SET_HERE is not set" in capfd.readouterr().out
+
+
+def test_what_needs_a_variable_that_is_not_set_is_a_failure_where_it_was_named(page, monkeypatch, capfd):
+    page.write_text("<!-- measured: echo $NOT_SET_HERE -->\n\nold\n\n<!-- end -->\n")
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "speed"])
+    assert __main__.main() == 1 and "left out: speed.md, since NOT_SET_HERE" in capfd.readouterr().out
+
+
+def test_optional_words_are_left_out_alone_and_said_at_the_end(page, monkeypatch, capfd):
+    page.write_text("<!-- measured: echo ours [beside $PEER_HERE] -->\n\nold\n\n<!-- end -->\n")
+    monkeypatch.setattr(sys, "argv", ["benchmarks"])
+    assert __main__.main() == 0
+    made = page.read_text()
+    assert "\nours\n" in made and "Without `beside $PEER_HERE`" in made and "old" not in made
+    assert capfd.readouterr().out.endswith("left out: speed.md: beside $PEER_HERE, since its variable is not set\n")
+    monkeypatch.setenv("PEER_HERE", "theirs")
+    assert __main__.main() == 0
+    assert "\nours beside theirs\n" in page.read_text() and "Without" not in page.read_text()
+
+
+def test_what_takes_hours_is_measured_only_if_it_is_named(page, monkeypatch, capfd):
+    page.write_text("<!-- measured if named: echo new -->\n\nold\n\n<!-- end -->\n")
+    monkeypatch.setattr(sys, "argv", ["benchmarks"])
+    assert __main__.main() == 0 and "old" in page.read_text()
+    assert "left out: speed.md, which takes hours" in capfd.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--list"])
+    assert __main__.main() == 0 and "(takes hours: only if named)" in capfd.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "speed"])
+    assert __main__.main() == 0 and "\nnew\n" in page.read_text()
 
 
 def test_every_page_s_command_is_shown_on_it_and_takes_its_words():
-    for path, command in pages.commands():
-        assert f"\n    {command}\n" in path.read_text(encoding="utf-8")
+    for block in pages.blocks():
+        assert f"\n    {block.command}\n" in block.page.read_text(encoding="utf-8")
     listed = subprocess.run([sys.executable, "-m", "benchmarks", "--list"], cwd=ROOT, capture_output=True, text=True)
     assert listed.returncode == 0 and len(listed.stdout.splitlines()) >= 9
