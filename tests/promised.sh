@@ -14,8 +14,8 @@ says() {  # a file, a pattern, what it would say
 filled result.json                      # trained
 filled merged/model.safetensors         # merged
 filled servings/demo/result.json        # served
-filled evaluations/run/outcome.json     # evaluated
-filled evaluations/served/outcome.json
+filled evaluations/run/result.json      # evaluated
+filled evaluations/served/result.json
 filled plots/loss.png                   # with pictures
 filled report.html
 pictures=$(find "$run" -name '*.png' | wc -l)

@@ -38,21 +38,31 @@ def test_what_needs_a_variable_is_left_out_without_it(page, monkeypatch, capfd):
     assert "left out: speed.md, since NOT_SET_HERE is not set" in capfd.readouterr().out
 
 
-def test_optional_words_are_left_out_without_their_variable(page, monkeypatch, capfd):
-    text = '<!-- measured: echo ours [theirs "$NOT_SET_HERE"] -->\n\nold\n\n<!-- end -->\n'
-    page.write_text(text)
+def test_what_needs_a_variable_that_is_not_set_is_a_failure_where_it_was_named(page, monkeypatch, capfd):
+    page.write_text("<!-- measured: echo $NOT_SET_HERE -->\n\nold\n\n<!-- end -->\n")
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "speed"])
+    assert __main__.main() == 1 and "left out: speed.md, since NOT_SET_HERE" in capfd.readouterr().out
+
+
+def test_optional_words_are_left_out_alone_and_said_at_the_end(page, monkeypatch, capfd):
+    page.write_text("<!-- measured: echo ours [beside $PEER_HERE] -->\n\nold\n\n<!-- end -->\n")
     monkeypatch.setattr(sys, "argv", ["benchmarks"])
-    assert __main__.main() == 0 and "Without `theirs" in page.read_text() and "\nours\n" in page.read_text()
-    assert "left out: speed.md: theirs" in capfd.readouterr().out
-    monkeypatch.setenv("NOT_SET_HERE", "there")
-    assert __main__.main() == 0 and "\nours theirs there\n" in page.read_text()
+    assert __main__.main() == 0
+    made = page.read_text()
+    assert "\nours\n" in made and "Without `beside $PEER_HERE`" in made and "old" not in made
+    assert capfd.readouterr().out.endswith("left out: speed.md: beside $PEER_HERE, since its variable is not set\n")
+    monkeypatch.setenv("PEER_HERE", "theirs")
+    assert __main__.main() == 0
+    assert "\nours beside theirs\n" in page.read_text() and "Without" not in page.read_text()
 
 
-def test_what_takes_hours_is_measured_only_if_named(page, monkeypatch, capfd):
+def test_what_takes_hours_is_measured_only_if_it_is_named(page, monkeypatch, capfd):
     page.write_text("<!-- measured if named: echo new -->\n\nold\n\n<!-- end -->\n")
     monkeypatch.setattr(sys, "argv", ["benchmarks"])
     assert __main__.main() == 0 and "old" in page.read_text()
     assert "left out: speed.md, which takes hours" in capfd.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--list"])
+    assert __main__.main() == 0 and "(takes hours: only if named)" in capfd.readouterr().out
     monkeypatch.setattr(sys, "argv", ["benchmarks", "speed"])
     assert __main__.main() == 0 and "\nnew\n" in page.read_text()
 
