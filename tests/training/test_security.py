@@ -146,8 +146,6 @@ AROUND = {
     "rollouts/served_teacher.py", "data/picture_cache.py", "planning/kept_programs.py",  # numbers
     "tracking/run.py", "tracking/bucket.py",  # zeros that hold room on the disk; files that went through here before
     "tracking/trackio_tracker.py", "data/hard_limit.py",  # /dev/null, and memory that is shared with the overseer
-    "data/overseer.py",  # a message that was blanked before it was shared
-    "data/readers.py", "training/compile_cache.py",  # rows as they are, without a name; empty
     "data/tokenizer.py", "export/place.py", "launch/parcel.py",  # files of a checkpoint or a checkout, as they are
 }  # fmt: skip
 """Modules that write by themselves, and why they may."""
