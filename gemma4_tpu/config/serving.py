@@ -68,8 +68,8 @@ class ServingConfig:
     """Folder of a drafter (such as gemma-4-31B-it-assistant), which drafts tokens that the model then verifies. Becomes
     `model` in `flags.speculative-config`, with `method: mtp` unless that names another method."""
     extra_args: list[str] = field(default_factory=list)
-    """Further words for `vllm serve`. Refused: what asks for code from a checkpoint, adapters, secrets or a file of flags;
-    the rest is passed through unchecked."""
+    """Further words for `vllm serve`, passed through unchecked, except that what asks for code from a checkpoint, for
+    adapters, for secrets or for a file of flags is refused."""
     env: dict[str, Any] = field(default_factory=dict)
     """Environment variables of vLLM. No secrets: HF_TOKEN and VLLM_API_KEY are passed on from the environment by
     name."""
