@@ -18,7 +18,6 @@ CALLS = {
     "execute": "engine.ContainerEngine('endless').execute('c', ['x'], Path('log'))",
     "logs": "engine.ContainerEngine('endless').logs('c').wait()",
     "pull": "engine.ContainerEngine('endless').pull('image')",
-    "state": "engine.ContainerEngine('endless').state('c')",
     "bench": "vllm_place.OnThisMachine(ServingConfig(executable='endless'), None).run(['bench'], Path('log'))",
     "lm_eval": "harness_job._run(['endless'], Path('log'), EvalConfig(), 'tokenizer')",
 }

@@ -9,13 +9,11 @@ from __future__ import annotations
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 from typing import Any
 
-from gemma4_tpu.children import end_with_parent
 from gemma4_tpu.data.drops import RowDropped
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.scratch import scratch_folder
@@ -26,6 +24,8 @@ COLUMNS = ("system", *PROMPT_KEYS, *RESPONSE_KEYS)
 LANGUAGES = ("", "verilog", "systemverilog", "sv", "v")
 FENCE, FENCE_END = "```verilog\n", "\n```"
 SYNTAX_SECONDS = 10
+_WITH_LIMIT = 'ulimit -t "$0" 2> /dev/null; exec "$@"'
+"""Limits the CPU seconds of a compiler and its children, which nobody ends once this process is killed."""
 
 THINK_TAG = re.compile(r"<(/?)think>", re.IGNORECASE)
 ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
@@ -169,7 +169,8 @@ def check_syntax(code: str, program: str) -> None:
     with scratch_folder() as scratch:
         file = scratch / "design.sv"
         file.write_text(code, encoding="utf-8")
-        command = [program, "-g2012", "-t", "null", file.name]
+        most = math.ceil(SYNTAX_SECONDS) + 1  # so that this process, while it lives, is the one that ends it
+        command = ["/bin/sh", "-c", _WITH_LIMIT, str(most), program, "-g2012", "-t", "null", file.name]
         with subprocess.Popen(
             command,
             cwd=scratch,
@@ -178,7 +179,6 @@ def check_syntax(code: str, program: str) -> None:
             stderr=subprocess.PIPE,
             env={**os.environ, **dict.fromkeys(("TMP", "TMPDIR", "TEMP"), str(scratch))},
             start_new_session=True,  # elaboration runs in a grandchild, which only a signal to the group reaches
-            preexec_fn=_end_with_parent,
         ) as process:
             try:
                 _, errors = process.communicate(timeout=SYNTAX_SECONDS)
@@ -189,14 +189,6 @@ def check_syntax(code: str, program: str) -> None:
                     os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
         raise RowDropped("syntax_error", errors.decode("utf-8", "replace").strip().split("\n")[0][:120])
-
-
-def _end_with_parent() -> None:
-    """Ends the compiler with this process, and the grandchild at the latest when it has used its time."""
-    end_with_parent()
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    most = math.ceil(SYNTAX_SECONDS) + 1  # so that this process, while it lives, is the one that ends it
-    resource.setrlimit(resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def _prompt_turns(row: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None]:

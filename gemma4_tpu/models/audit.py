@@ -19,7 +19,6 @@ from typing import Any
 from gemma4_tpu import checkpoint_folder as files
 from gemma4_tpu import templates
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.children import end_with_parent
 from gemma4_tpu.config.paths import local_folder
 from gemma4_tpu.config.schema import ModelConfig
 from gemma4_tpu.config.tasks import ANY_SIZE
@@ -118,7 +117,7 @@ def look_within(model: ModelConfig, seconds: float) -> Audit:
     try:
         done = subprocess.run(
             [sys.executable, "-c", _CHILD, json.dumps(asdict(model))],
-            capture_output=True, text=True, timeout=seconds, check=False, preexec_fn=end_with_parent,
+            capture_output=True, text=True, timeout=seconds, check=False,
         )  # fmt: skip
         if done.returncode == 0:
             return Audit(**json.loads(done.stdout))

@@ -128,7 +128,7 @@ class ContainerEngine:
         try:
             return subprocess.run(
                 [*self._words, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-                timeout=timeout, start_new_session=True, preexec_fn=end_with_parent,
+                timeout=timeout, start_new_session=True,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise UserError(f"{self._command} {words[0]}: no answer within {timeout:.0f} s") from None

@@ -17,7 +17,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma4_tpu.children import end_with_parent
 from gemma4_tpu.redact import redact, redact_arguments
 from gemma4_tpu.tracking.files import write_text
 from gemma4_tpu.tracking.records import PROVENANCE, read_record, write_record
@@ -225,8 +224,7 @@ def _git(*arguments: str) -> str | None:
     ours = ["git", "-C", str(_PACKAGE_ROOT), "ls-files", "--error-unmatch", "__init__.py"]
     command = ["git", "-C", str(_PACKAGE_ROOT), "--no-optional-locks", *arguments]
     try:
-        subprocess.run(ours, capture_output=True, check=True, timeout=10, preexec_fn=end_with_parent)
-        done = subprocess.run(command, capture_output=True, check=True, timeout=30, preexec_fn=end_with_parent)
-        return done.stdout.decode(errors="replace")
+        subprocess.run(ours, capture_output=True, check=True, timeout=10)
+        return subprocess.run(command, capture_output=True, check=True, timeout=30).stdout.decode(errors="replace")
     except (OSError, subprocess.SubprocessError):
         return None

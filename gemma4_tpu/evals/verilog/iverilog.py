@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from gemma4_tpu.children import end_with_parent
 from gemma4_tpu.errors import UserError
 
 OLDEST_VERSION = 11
@@ -96,10 +95,7 @@ def find_tools(folder: str | None) -> Tools:
         raise UserError(f"{' and '.join(missing)} not found ({where}): {HOW_TO_INSTALL}")
     iverilog, vvp = (Path(path).absolute() for path in found.values() if path)
     with tempfile.TemporaryDirectory() as folder:  # even this makes it write files there
-        said = subprocess.run(
-            [iverilog, "-V"], capture_output=True, text=True, timeout=30, env=_writing_to(folder),
-            preexec_fn=end_with_parent,
-        )  # fmt: skip
+        said = subprocess.run([iverilog, "-V"], capture_output=True, text=True, timeout=30, env=_writing_to(folder))
     shown = said.stdout
     match = re.search(r"Icarus Verilog version (\d+)\.(\d+)", shown)
     if not match or int(match[1]) < OLDEST_VERSION:
@@ -138,7 +134,6 @@ def _ask_driver(iverilog: Path) -> tuple[Path, str]:
                 [iverilog, "-v", *WARNINGS, LANGUAGE, "-s", _TOP, "-o", _OUTPUT, source.name],
                 cwd=folder, env=_writing_to(folder),
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                preexec_fn=end_with_parent,
             )  # fmt: skip
             try:
                 _wait_until_read(pipe, process)
