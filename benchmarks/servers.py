@@ -13,19 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.merge_files import make_base
 from benchmarks.pages import measured
+from benchmarks.serving_load import served
 from gemma4_tpu import assets
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.markdown import table
@@ -45,21 +44,6 @@ def checkpoint(folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copy(tiny / name, made)
     return made
-
-
-@contextmanager
-def served(model: Path, record: Path, words: list[str]) -> Iterator[None]:
-    """A server that answers."""
-    command = [sys.executable, "-m", "gemma4_tpu.serve", *words, f"run={model}", f"run_dir={record}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sys.stderr, text=True)
-    assert process.stdout
-    try:
-        if not process.stdout.readline().startswith("endpoint: "):
-            sys.exit(f"{words[0]}: no server (exit code {process.wait()})")
-        yield
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate()
 
 
 def load(record: Path, place: Path, users: int) -> tuple[float, ...]:

@@ -21,6 +21,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -186,23 +188,20 @@ def tables(load: Load) -> str:
     return f"{text}\n{held}\n{left}"
 
 
-def serve(folder: Path) -> tuple[subprocess.Popen[str], str]:
-    """A server that answers, and its URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [
-        "serving=local",
-        f"run={Path(assets.ROOT, 'tiny')}",
-        f"serving.port={port}",
-        f"run_dir={folder / 'record'}",
-    ]
-    words += [f"serving.max_model_len={LONGEST}"]
-    process = subprocess.Popen([sys.executable, "-m", "gemma4_tpu.serve", *words], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    if not process.stdout.readline().startswith("endpoint"):
-        raise SystemExit("the server did not start")
-    return process, f"http://127.0.0.1:{port}"
+@contextmanager
+def served(model: Path, record: Path, words: list[str]) -> Iterator[tuple[int, str]]:
+    """A server that answers: its process, and its URL. `words`: the first is its `serving=`."""
+    command = [sys.executable, "-m", "gemma4_tpu.serve", *words, f"run={model}", f"run_dir={record}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sys.stderr, text=True)
+    assert process.stdout
+    try:
+        told = process.stdout.readline()
+        if not told.startswith("endpoint: "):
+            sys.exit(f"{words[0]}: no server (exit code {process.wait()})")
+        yield process.pid, told.removeprefix("endpoint: ").strip().removesuffix("/v1")
+    finally:
+        process.terminate()
+        process.communicate()
 
 
 def main() -> int:
@@ -213,12 +212,12 @@ def main() -> int:
     given = parser.parse_args()
     stamp = measured("openai")
     with tempfile.TemporaryDirectory(prefix="serving-load-") as folder:
-        process, url = serve(Path(folder))
-        try:
-            load = drive(url, process.pid, given.users, given.seconds)
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        words = ["serving=local", f"serving.port={port}", f"serving.max_model_len={LONGEST}"]
+        with served(Path(assets.ROOT, "tiny"), Path(folder, "record"), words) as (pid, url):
+            load = drive(url, pid, given.users, given.seconds)
     print(f"{stamp}\n\n{tables(load)}")
     return 1 if load.ended["failed"] or load.leaks else 0
 
