@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,9 +46,8 @@ class Process:
         environment: Mapping[str, str] = MappingProxyType({}),
     ):  # fmt: skip
         self.output, self.errors = output, output.with_suffix(".err")
-        self.temporary = output.with_suffix(".tmp")
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir()
+        self.temporary = Path(tempfile.mkdtemp(prefix=f"{output.stem}-", suffix=".tmp", dir=output.parent))
+        # of this start alone: a job that an earlier one left running, as sweeps do, keeps its own
         for file in (self.output, self.errors):
             file.write_bytes(b"")  # what an earlier start said is not this one's
         self.mark = f"{output}:{time.monotonic_ns()}"
@@ -63,8 +63,6 @@ class Process:
                 for stream, file in ((1, self.output), (2, self.errors)):
                     os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
                 os.environ |= {**environment, MARK: self.mark, "TMPDIR": str(self.temporary)}
-                import tempfile
-
                 tempfile.tempdir = None  # it is remembered
                 leave(main(list(arguments)))
             except SystemExit as end:

@@ -50,7 +50,7 @@ def oldest(*words: str, given: str = "") -> None:
     folder, reason = _installed()
     if reason:
         pytest.skip(reason)
-    env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "PYTEST_ADDOPTS": ""}  # those are of this run
     done = subprocess.run(
         [sys.executable, "-m", *words], input=given, env=env, cwd=ROOT, capture_output=True, text=True, timeout=500,
         check=False,
