@@ -14,6 +14,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", flags(devices=8))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# PyTorch's threads only wait for each other where every core has a test worker; models are small.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The emulator of tests/gcs.py speaks HTTP; without this gcsfs asks over gRPC first what kind of bucket it has.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 

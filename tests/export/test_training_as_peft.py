@@ -18,6 +18,7 @@ from gemma4_tpu.models.sharding import make_mesh, places
 from gemma4_tpu.step.optimizer import make_optimizer
 from gemma4_tpu.step.train_step import Step
 from tests.models.checkpoints import VOCAB_SIZE, load_hf
+from tests.step.test_train_step import started
 
 ADAM = {"learning_rate": 1e-3, "eps": 1e-3}
 """With so large an eps an update follows the gradient's size; with a small one the sign of what is rounding decides."""
@@ -78,7 +79,7 @@ def our_updates(model, params, tree, tokens):
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": segments + 1, "positions": positions}
     batch = {key: value.reshape(1, 1, -1).astype(np.int32) for key, value in batch.items()}
     batch["target_mask"] = np.ones((1, 1, rows * length), bool)
-    state, train, losses = step.init(tree, jax.random.key(0)), jax.jit(step.train), []
+    state, train, losses = started(step, tree), jax.jit(step.train), []
     for _ in range(UPDATES):
         state, metrics = train(state, params, batch)
         losses.append(float(metrics.loss))

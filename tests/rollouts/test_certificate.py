@@ -36,7 +36,7 @@ from gemma4_tpu.tracking.records import write_record
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.training.start import open_start
 from tests.rollouts.test_collecting import Decoder
-from tests.step.test_train_step import make
+from tests.step.test_train_step import make, started
 
 CONFIG = RolloutsConfig(
     prompts=4, samples=8, prompt_tokens=8, new_tokens=24, slots=16, check_every=100, max_kl=None, mask_truncated=False
@@ -90,7 +90,7 @@ def run(folder, *, updates=3, sampler=None, objective=OBJECTIVE, reward=even_tok
     making = Making(collector, it.scorer, certificate, validation, it.base, nobody, nobody, ExitStack())
     source.begin(making)
     step = it.step if objective is OBJECTIVE else replace(it.step, objective=objective)
-    states, train, rewards = [step.init(it.trained, jax.random.key(0))], _train(step), []
+    states, train, rewards = [started(step, it.trained)], _train(step), []
     for number, update in enumerate(source.updates(lambda: states[-1].trained), start=1):
         state, metrics = train(states[-1], it.base, update.arrays)
         states.append(state)

@@ -65,7 +65,6 @@ def client(url):
 @pytest.fixture(scope="module")
 def reference(starting):
     """transformers' own greedy tokens for a prompt's tokens."""
-    torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     model.tokenizer = AutoTokenizer.from_pretrained(TINY)
 

@@ -12,7 +12,7 @@ from gemma4_tpu.step.distill import Distill, DistillOwn, Divergence, DivergenceO
 from gemma4_tpu.step.grpo import COPIES
 from gemma4_tpu.step.loss import token_losses
 from gemma4_tpu.step.objective import TEACHER
-from tests.step.test_train_step import gradients, make, make_batch, regroup, relative_difference
+from tests.step.test_train_step import gradients, make, make_batch, regroup, relative_difference, started
 
 B, T, D, V = 2, 24, 16, 96
 CAP, TEACHERS_CAP = 5.0, 8.0
@@ -99,7 +99,7 @@ def test_a_teacher_is_no_distance_from_itself_and_a_student_comes_nearer():
     batch = make_batch(4)
     loss, grads, *_ = gradients(step, base, trained, batch)
     assert abs(float(loss)) < 1e-6 and float(optax.global_norm(grads)) < 1e-4
-    state, train = step.init(jax.tree.map(lambda x: x * 0.5, trained), jax.random.key(0)), jax.jit(step.train)
+    state, train = started(step, jax.tree.map(lambda x: x * 0.5, trained)), jax.jit(step.train)
     losses = []
     for _ in range(8):
         state, metrics = train(state, base, batch)

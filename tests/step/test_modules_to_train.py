@@ -23,7 +23,7 @@ from gemma4_tpu.training.saved import SavedState
 from gemma4_tpu.training.start import open_start
 from tests.export.test_start import arch_of
 from tests.models.checkpoints import VOCAB_SIZE, load_hf, make_checkpoint
-from tests.step.test_train_step import make_batch, mesh_of, relative_difference, small
+from tests.step.test_train_step import make_batch, mesh_of, relative_difference, small, started
 
 RATE, UPDATES = 1e-3, 4
 LORA = LoraConfig(rank=4, alpha=8.0, targets=["mlp"], modules_to_train=["norms", "embeddings"])
@@ -93,7 +93,7 @@ def peft_losses(model, batches):
 
 def ours(step, base, trained, batches):
     """Losses of as many updates, and the values after them."""
-    state, train, losses = step.init(trained, jax.random.key(0)), jax.jit(step.train), []
+    state, train, losses = started(step, trained), jax.jit(step.train), []
     for batch in batches:
         state, metrics = train(state, base, batch)
         losses.append(float(metrics.loss))
@@ -226,7 +226,7 @@ def test_an_average_is_kept_of_whole_weights_too_and_saved(tmp_path):
     """Of two updates at a decay of 1/2: one part of the first, two of the second."""
     step, base, trained = begun(small("tiny"), replace(LORA, targets=["o"], modules_to_train=["norms", "q_proj"]))
     step = replace(step, ema_decay=0.5)
-    state, train, after = step.init(trained, jax.random.key(0)), jax.jit(step.train), []
+    state, train, after = started(step, trained), jax.jit(step.train), []
     for seed in range(2):
         state, _ = train(state, base, make_batch(2, seed))
         after.append(state.trained)

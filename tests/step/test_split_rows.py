@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from gemma4_tpu.models import sharding
-from tests.step.test_train_step import LORA, make, make_batch, relative_difference
+from tests.step.test_train_step import LORA, make, make_batch, relative_difference, started
 
 
 def two_updates(kind: str, **settings):
@@ -17,7 +17,7 @@ def two_updates(kind: str, **settings):
     # Adam moves a weight by the rate however small its gradient is: see `losses_on` in test_train_step.py.
     step, base, trained = make(kind, lora=lora, rate=1e-3, **settings)
     place, update = sharding.batch(step.model.mesh), jax.jit(step.train)
-    state, losses, moments = step.init(trained, jax.random.key(0)), [], []
+    state, losses, moments = started(step, trained), [], []
     for seed in range(2):
         batch = make_batch(rows=2, seed=seed)
         batch["segment_ids"][..., -3:] = 0  # padding

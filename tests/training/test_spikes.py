@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gemma4_tpu.training.spikes import WARMUP_UPDATES, Spikes
-from tests.step.test_train_step import make, make_batch
+from tests.step.test_train_step import make, make_batch, started
 
 
 def limits(losses, *, read_at=(), start=None):
@@ -54,7 +54,7 @@ def test_a_resumed_run_has_the_same_limits(at):
 
 def test_on_the_devices_a_skipped_update_changes_the_counters_only():
     step, base, trained = make()
-    state = step.init(trained, jax.random.key(0))
+    state = started(step, trained)
     batch = {name: jax.numpy.asarray(array) for name, array in make_batch(4).items()}
     train = jax.jit(step.train)
     warm, metrics = train(state, base, batch)
