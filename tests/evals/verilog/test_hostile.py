@@ -5,6 +5,7 @@ The designs are run as they are, without the scan that would refuse most of them
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -244,6 +245,18 @@ def test_no_process_outside_is_reached(confined, folder):
     finally:
         victim.kill()
         victim.wait()
+
+
+def test_no_server_is_reached(confined, folder):
+    if confined.level is Level.LANDLOCK and landlock.abi_version() < 4:
+        pytest.skip("Landlock before version 4 (Linux 6.7) refuses no TCP: not exercised")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        (done,) = confined.run(folder, ["/bin/bash", "-c", f"echo alive; exec 3<>/dev/tcp/127.0.0.1/{port}"])
+        assert done.stdout == "alive\n" and done.returncode != 0
+        server.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            server.accept()
 
 
 @pytest.mark.parametrize("level", [Level.BUBBLEWRAP, Level.LANDLOCK])

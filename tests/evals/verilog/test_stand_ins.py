@@ -1,14 +1,17 @@
 """Design and bench in two processes: what one sees of the other is what it would see beside it."""
 
 import re
+import subprocess
 from dataclasses import replace
 
 import pytest
 
 from gemma4_tpu.evals.problems import VerdictClass
+from gemma4_tpu.evals.verilog.mutants import mutants
 from gemma4_tpu.evals.verilog.rtllm import RtllmFolders
+from gemma4_tpu.evals.verilog.verdict import reference_as_answer
 from gemma4_tpu.evals.verilog.verilog_eval import make_problem
-from tests.evals.verilog.designs import fenced, needs_iverilog
+from tests.evals.verilog.designs import fenced, needs_iverilog, smoke_problem
 
 pytestmark = needs_iverilog
 
@@ -80,6 +83,9 @@ def test_delays_of_the_design_arrive_in_the_bench(judge, tmp_path):
     judge.prepare([problem])
     assert judge.judge(problem, fenced(DESIGN.replace("y <= a", "y <= #0.5 a"))).passed
     assert not judge.judge(problem, fenced(DESIGN.replace("y <= a", "y <= #1.5 a"))).passed
+    in_seconds = DESIGN.replace("`timescale 1ns/1ps\n", "")
+    assert judge.judge(problem, fenced(in_seconds)).passed
+    assert not judge.judge(problem, fenced(in_seconds.replace("y <= a", "y <= #0.9 a"))).passed
 
 
 def test_a_bench_that_waits_for_ever_is_ended(judge, tmp_path):
@@ -88,6 +94,22 @@ def test_a_bench_that_waits_for_ever_is_ended(judge, tmp_path):
     verdict = judge.judge(problem, fenced(DESIGN.replace("done <= 1", "done <= 0")))
     assert (verdict.kind, verdict.refused_by) == (VerdictClass.NO_RESULT, "replay")
     assert verdict.detail == "the bench does not end with this design"
+
+
+@pytest.mark.parametrize("family", ["adder", "counter"])
+def test_counts_are_those_of_a_simulation_by_hand(judge, tmp_path, family):
+    problem, tools = smoke_problem(family), judge.tools
+    judge.prepare([problem])
+    right = reference_as_answer(problem)
+    for code in (right, *mutants(right)[:3]):
+        files = {"bench.sv": problem.testbench, "reference.sv": problem.reference, "design.sv": code}
+        for name, text in files.items():
+            (tmp_path / name).write_text(text)
+        for command in (tools.build(problem.bench_top, "by_hand.vvp", [*files]), tools.simulate("by_hand.vvp")):
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        errors, samples = re.search(r"Mismatches: (\d+) in (\d+) samples", done.stdout).groups()
+        verdict = judge.judge(problem, fenced(code))
+        assert (verdict.mismatches, verdict.samples) == (int(errors), int(samples)), code
 
 
 # A bench with a race: it assigns at the edge that the design samples at. The order is the simulator's.
@@ -163,15 +185,18 @@ def test_a_design_that_makes_the_reference_unknown_is_refused(judge):
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("of_reference", "of_bench", "reason"),
     [
-        (("output q", "inout q"), "the port q is inout"),
-        (("TopModule", "Other"), "instantiates TopModule 0 times|(?i:unknown) module"),
+        (("output q", "inout q"), None, "the port q is inout"),
+        (None, ("TopModule", "Other"), "instantiates TopModule 0 times|(?i:unknown) module"),
+        (None, ("TopModule top", "TopModule other (.d(d)); TopModule top"), "instantiates TopModule 2 times"),
+        (("~d;", "~d; wire hidden = d;"), ("q_dut === 1'bx", "top_module1.hidden === 1'bx"), "top_module1.hidden"),
     ],
 )
-def test_what_cannot_be_replayed_is_said(judge, change, reason):
+def test_what_cannot_be_replayed_is_said(judge, of_reference, of_bench, reason):
     reference = INVERTER.format("RefModule")
     problem = make_problem("odd", prompt="", reference=reference, testbench=FEEDBACK)
-    problem = replace(problem, reference=reference.replace(*change), testbench=FEEDBACK.replace(*change))
+    changed, bench = (t.replace(*c) if c else t for t, c in ((reference, of_reference), (FEEDBACK, of_bench)))
+    problem = replace(problem, reference=changed, testbench=bench)
     failure = judge.prepare([problem]).cannot_pass["odd"]
     assert re.search(reason, failure), failure
