@@ -56,6 +56,17 @@ def test_a_training_merged_generates_the_lora_models_greedy_tokens(tmp_path):
     assert jax.devices()[0].platform == "cpu" and open_trained(run, best).state.update in (2, 4, 6)
 
 
+def test_the_tracker_of_the_run_is_told_where_its_merge_is(run_of, merge):
+    run, base = run_of()
+    with (run / "config.yaml").open("a") as config:
+        config.write("tracker: {kind: jsonl, project: p}\n")
+    merge(run)
+    (file,) = run.glob("merges/*/tracker.jsonl")
+    (told,) = [event for event in map(json.loads, file.read_text().splitlines()) if event["event"] == "artifact"]
+    assert (told["kind"], told["place"], told["aliases"]) == ("merged", f"{run}/merged", ["update-3"])
+    assert told["metadata"]["base"] == str(base) and told["metadata"]["parity"]["passed"]
+
+
 def test_shorthands_stand_for_keys_of_the_export_group(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.yaml").touch()

@@ -1,5 +1,7 @@
 """`lora.modules_to_train`: the same training as PEFT's `modules_to_save`, on every mesh and under every policy."""
 
+import math
+import re
 from dataclasses import replace
 from functools import cache, partial
 
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.outputs import CheckpointConfig
 from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig
 from gemma4_tpu.models import lora as adapters
@@ -22,6 +25,7 @@ from gemma4_tpu.training.checkpoint import Checkpoints
 from gemma4_tpu.training.saved import SavedState
 from gemma4_tpu.training.start import open_start
 from tests.export.test_start import arch_of
+from tests.house.scripts import ROOT
 from tests.models.checkpoints import VOCAB_SIZE, load_hf, make_checkpoint
 from tests.step.test_train_step import make_batch, mesh_of, relative_difference, small, started
 
@@ -166,6 +170,17 @@ def test_such_weights_get_no_adapter_and_stay_unquantised():
     assert adapted == quantised
     assert layout.in_full == {"mlp.down_proj.kernel", "attn.kv_einsum.w", "attn.k_einsum.w"}
     assert not adapted & layout.in_full and "attn.q_einsum.w" in adapted
+
+
+def test_the_page_counts_the_parameters_of_each_group():
+    page = (ROOT / "docs/new_tokens.md").read_text(encoding="utf-8")
+    sizes = [ARCHITECTURES[f"gemma4_{size}"] for size in ("e2b", "e4b", "12b", "26b_a4b", "31b")]
+    for group in ("norms", "embeddings", "per_layer_projections"):
+        layouts = [Layout.of(arch, LoraConfig(modules_to_train=[group])) for arch in sizes]
+        counts = [sum(math.prod(leaf.array_shape) for leaf in one.trained_in_full()) for one in layouts]
+        cell = next(line for line in page.splitlines() if line.startswith(f"| `{group}` |")).split("|")[3]
+        told = [float(number) * {"M": 1e6, "G": 1e9}[unit] for number, unit in re.findall(r"([\d.]+) ([MG])", cell)]
+        np.testing.assert_allclose(told, list(filter(None, counts)), rtol=0.08)  # one digit: 0.6 for 0.56
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 
 SECRET = "hf_plantedPLANTEDplantedPLANTED12345"
 TOLD = """if True:
-    import json, sys
+    import json, os, sys
     from gemma4_tpu.config.outputs import TrackerConfig
     from gemma4_tpu.tracking.logs import setup_logging
     from gemma4_tpu.tracking.run import RunFolder
@@ -20,6 +20,7 @@ TOLD = """if True:
     setup_logging(run.log_path)
     settings = TrackerConfig(kind=kind, project="p", group="g", tags=["x", "%SECRET%"])
     tracker = make_tracker(settings, run, config, name="lora.rank=16 %SECRET%")
+    assert kind != "mlflow" or os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
     for update in range(first, first + 2):
         tracker.log({"loss": 1 / (update + 1), "grad_norm": float("nan"), "note": "text"}, update)
     tracker.table("samples", ["prompt", "answer"], [["p", "%SECRET%"], ["q", None]], first + 1)

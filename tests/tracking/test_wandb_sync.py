@@ -61,6 +61,7 @@ def test_offline_records_reach_the_bucket_of_a_run_folder(tmp_path, bucket, caps
     run = f"{bucket}/runs/one"
     folder = offline(tmp_path / "work", "offline-run-20260101_000000-aaaa")
     (tmp_path / "work" / "config.yaml").write_text("name: t\n")
+    (tmp_path / "work" / "tracker.json").write_text('{"id": "aaaa"}')
     (folder / "logs").mkdir()
     (folder / "logs" / "debug.log").touch()
     (folder.parent / "debug.log").touch()
@@ -68,4 +69,5 @@ def test_offline_records_reach_the_bucket_of_a_run_folder(tmp_path, bucket, caps
     assert show(run) == 0  # pulled to this machine's outputs/
     (there,) = tmp_path.glob("outputs/gs/*/runs/one/wandb")
     assert [p.name for p in there.rglob("*") if p.is_file()] == ["run-aaaa.wandb"]
+    assert (there.parent / "tracker.json").read_text() == '{"id": "aaaa"}'  # a resumed run finds its id
     assert f"wandb sync {(there / folder.name).relative_to(tmp_path)}\n" in capsys.readouterr().out

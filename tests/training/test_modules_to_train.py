@@ -1,8 +1,11 @@
 """Weights and rows of tokens that are trained in full beside the adapters, by the real command line."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from gemma4_tpu.tracking.result import Result
+from gemma4_tpu.training.setup import _with_new_rows
 from tests.test_new_tokens import with_reserve
 from tests.training.conftest import HARD
 from tests.training.test_resume import last_state
@@ -34,3 +37,10 @@ def test_resumed_it_ends_with_the_very_bits_and_counts_them(shallow, tmp_path):
     result = Result.read(whole / "result.json")
     assert result.in_full_parameters == sum(x.size for x in own.values())
     assert f"also trained in full: {result.in_full_parameters:,} parameters" in done.stderr + done.stdout
+
+
+def test_new_tokens_begin_as_the_mean_of_the_table():
+    table = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    begun = _with_new_rows({"embedder": {"input_embedding": jnp.array(table)}}, (1, 4))["embedder"]["input_embedding"]
+    np.testing.assert_allclose(begun[np.array([1, 4])], np.tile(table.mean(axis=0), (2, 1)), rtol=1e-5)
+    np.testing.assert_array_equal(np.delete(begun, [1, 4], axis=0), np.delete(table, [1, 4], axis=0))
