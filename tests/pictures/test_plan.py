@@ -44,3 +44,9 @@ def test_the_projector_is_named_only_where_pictures_are_read(tmp_path):
     words = ["model=tiny", "lora.modules_to_train=[projector]", f"run_dir={tmp_path}/run"]
     with pytest.raises(UserError, match="tiny has no 'projector'"):
         load(words, TRAIN)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "expert_iteration", "distill"])
+def test_objectives_on_own_answers_refuse_pictures(objective):
+    with pytest.raises(UserError, match=f"objective={objective} samples answers to text-only prompts"):
+        load([f"objective={objective}", "model=tiny_e2b", "model.path=random:0", "data.image_cache=cache"], TRAIN)
