@@ -158,6 +158,7 @@ def load(tmp_path):
 def test_a_run_costs_its_time_on_the_slice(run):
     figures = read([str(run)])
     assert figures.trainings[0].label == MEASURED
+    assert read([str(run.parent)]) == figures  # a folder of runs stands for its runs
     assert cents(figures, "training/train/one/")["usd"] == 10.76
     assert cents(figures, "training/train/one/")["usd_per_million_real_tokens"] == 1.79
     assert cents(figures, "training/train/one/")["usd_per_hour"] == 21.52
