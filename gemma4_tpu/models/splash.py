@@ -36,7 +36,7 @@ from gemma4_tpu.models.sharding import CP, ROWS, TP, token_parts
 LANES = 128
 """The kernels require head widths and lengths in multiples of a TPU register's lanes."""
 BLOCK = 512
-"""Tokens per block; 1024 does not compile for the backward pass at head width 512 (vector memory)."""
+"""Tokens per block; on v5p, 1024 does not compile for the backward pass at head width 512 (vector memory)."""
 EINSUM_TOKENS = 2048
 """Rows up to which a layer's scores are formed, where there is no kernel: 0.3 GB of them in a global layer of 31B."""
 FEW = 4

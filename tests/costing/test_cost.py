@@ -158,6 +158,7 @@ def load(tmp_path):
 def test_a_run_costs_its_time_on_the_slice(run):
     figures = read([str(run)])
     assert figures.trainings[0].label == MEASURED
+    assert read([str(run.parent)]) == figures  # a folder of runs stands for its runs
     assert cents(figures, "training/train/one/")["usd"] == 10.76
     assert cents(figures, "training/train/one/")["usd_per_million_real_tokens"] == 1.79
     assert cents(figures, "training/train/one/")["usd_per_hour"] == 21.52
@@ -216,8 +217,9 @@ def test_a_solved_problem_by_time_on_the_slice(evaluation):
 def test_a_solved_problem_by_tokens_where_the_slice_has_no_price(evaluation, load):
     (evaluation / "config.yaml").write_text("hardware: {name: local}")
     figures = read([str(evaluation), str(load)])
+    figures.points += [replace(figures.points[0], name="dearer", output_tokens_per_second=500.0)]
     found = solved(figures.evaluations[0], figures, Prices(), "on_demand")
-    assert found.usd == pytest.approx(0.1 * 21.6 / 3.6)
+    assert found.usd == pytest.approx(0.1 * 21.6 / 3.6)  # at the cheapest load
     assert "(estimated)" in found.by
 
 

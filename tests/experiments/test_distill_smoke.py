@@ -1,6 +1,7 @@
 """The distillation of experiments/distill_smoke in short form, and what its record says."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -34,4 +35,11 @@ def test_the_record_says_what_its_page_says():
         kl, score = record["divergence"][name], record["pass_at_1"][name]
         assert f"{kl['kl']:.3f}" in page and f"[{kl['low']:.3f}, {kl['high']:.3f}]" in page
         assert f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" in page
-    assert json.loads((FOLDER / "certificate.json").read_text())["holds"]
+
+
+def test_what_docs_show_of_the_certificate_is_in_it():
+    record = json.loads((FOLDER / "certificate.json").read_text())
+    (shown,) = re.findall(r"```json\n(.*?)```", (FOLDER.parents[1] / "docs/concepts/certificate.md").read_text(), re.S)
+    for name, value in json.loads(shown).items():
+        assert record[name] == (record[name] | value if isinstance(value, dict) else value), name
+    assert record["holds"]

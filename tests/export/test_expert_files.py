@@ -111,6 +111,28 @@ def test_what_no_server_takes_is_not_written(form, run_of, merge, caplog):
     assert matched and not [name for name in matched if "experts" in name]
 
 
+def test_peft_ignores_the_experts_in_the_form_of_vllm(run_of, merge):
+    run, base = run_of("moe", lora=LORA, size=0.2)
+    merge(run, "export=peft", "export.peft_experts=per_expert")
+    only_dense = without_experts(run / "adapter", run / "other")
+    assert any(".experts.7." in name for name in load_file(only_dense / WEIGHTS))
+    found, expected = (peft_logits(base, folder, tokens()) for folder in (run / "adapter", only_dense))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_peft_has_no_dora_for_experts_either():
+    import torch
+    from peft import LoraConfig as Theirs
+    from peft import get_peft_model
+
+    model = torch.nn.Module()
+    model.experts = torch.nn.Module()
+    model.experts.down_proj = torch.nn.Parameter(torch.zeros(2, 3, 4))
+    model.config = {"model_type": "any"}
+    with pytest.raises(ValueError, match="does not work with use_dora"):
+        get_peft_model(model, Theirs(r=2, use_dora=True, target_parameters=["experts.down_proj"]))
+
+
 @pytest.mark.parametrize("targets", [LORA.targets, ["experts"]])
 def test_from_a_run_and_from_both_forms_to_the_bit(targets, run_of, merge):
     run, base = run_of("moe", lora=replace(LORA, targets=targets, dropout=0.0))

@@ -23,10 +23,17 @@ CHECK = """
 import sys
 from gemma4_tpu.commands import ENTRIES
 from gemma4_tpu.config.load import load
-from gemma4_tpu.hardware import chip_of
+from gemma4_tpu.architectures import ARCHITECTURES
+from gemma4_tpu.config.schema import LoraConfig
+from gemma4_tpu.costing.ceiling import ModelDemand, train
+from gemma4_tpu.hardware import SLICES, chip_of
+from gemma4_tpu.prices import ON_DEMAND, slice_price
 name, *words = sys.argv[1:]
 load(words, ENTRIES[name])
-assert chip_of("tpu", "TPU v4").name == "v4"
+assert chip_of("tpu", "TPU v4").name == "v4" and slice_price(SLICES["v4-8"], ON_DEMAND) is None
+demand = ModelDemand.of(ARCHITECTURES["gemma4_e4b"])
+ours, slower = (train(demand, SLICES[name], LoraConfig(rank=64), 922).seconds for name in ("v4-8", "v5e-4"))
+assert abs(ours / slower - 197 / 275) < 0.01  # by the peaks
 """
 ADAPTED = """
 import jax, jax.numpy as jnp, numpy as np

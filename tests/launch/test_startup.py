@@ -179,6 +179,14 @@ def test_keep_leaves_the_slice_and_says_so(host):
     assert "costs money until it is deleted" in host.log
 
 
+def test_a_slice_that_may_not_delete_itself_says_how_in_the_bucket(host, played):
+    host = host()
+    played.play(deletable=False)
+    assert host.run(0) == 0
+    told = f"COULD NOT DELETE {host.job.id}: it costs money until it is deleted: python -m launch.tpu_vm delete"
+    assert told in host.log and told in played.object(f"{host.job.launch_dir}/host-0.log")
+
+
 def test_the_other_hosts_train_the_same_and_leave_the_end_to_the_first(host, played):
     words = ["hardware=v5p16", "trainer.global_batch_sequences=4", "mesh=auto", "run_dir=gs://my-bucket/runs/one"]
     first, second = host(*words), host(*words, number=1)
@@ -200,7 +208,7 @@ def test_an_installation_that_fails_costs_no_more(host, played):
 
 
 def test_boot_makes_a_service_and_a_limit(host, played, tmp_path, monkeypatch):
-    host = host("max_hours=2")
+    host = host("max_hours=2", "keep=true")  # of which the limit takes no notice
     calls = tmp_path / "systemd.jsonl"
     for name in ("systemd-run", "systemctl"):
         place = tmp_path / "bin" / name

@@ -1,11 +1,13 @@
 """Attention paths against a definition written out token by token."""
 
+import inspect
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.gpu import attention as attention_of_triton
 
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.attention import einsum_attention
@@ -152,3 +154,9 @@ def test_a_cpu_forms_the_scores_of_short_rows_only(length, wanted):
     lowered = [jax.jit(partial(f, window=None)).lower(*of).as_text() for f in (make_attention("auto", mesh), wanted)]
     assert lowered[0].count("while") == lowered[1].count("while")
     assert lowered[0].count("dot_general") == lowered[1].count("dot_general")
+
+
+def test_jaxs_own_kernels_for_gpus_still_know_no_packed_rows_with_windows():
+    """Else `chunked` could go: docs/step.md."""
+    assert not [name for name in inspect.signature(jax.nn.dot_product_attention).parameters if "segment" in name]
+    assert not [name for name in inspect.signature(attention_of_triton.mha).parameters if "window" in name]

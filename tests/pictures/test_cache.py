@@ -1,13 +1,19 @@
 """The cache of features: what a tower sees once, it does not see again; what is torn is refused."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from gemma4_tpu.data.drops import Origin
 from gemma4_tpu.data.picture_cache import FeatureCache, Shown
 from gemma4_tpu.data.pictures import PictureReader
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.models.tensorfile import Checkpoint
+from gemma4_tpu.models.vision_tower import PREFIX, PictureProcessor
+from gemma4_tpu.models.vision_tower import Tower as FrozenTower
 
 IMAGE_TOKEN = 7
 
@@ -81,3 +87,20 @@ def test_torn_and_lost_features_are_refused(tmp_path):
     assert cache.missing([picture.key]) == [picture.key]
     with pytest.raises(UserError, match="gone"):
         cache.read([picture.key])
+
+
+def test_models_with_the_same_tower_share_a_cache(base, tmp_path):
+    """As a base and what is merged of it, whose projector may be another."""
+
+    def key(changed="", **settings):
+        folder = shutil.copytree(base, tmp_path / f"{changed}{len(settings)}")
+        tensors = load_file(folder / "model.safetensors")
+        for name in [name for name in tensors if changed and changed in name]:
+            tensors[name] = tensors[name] + 1
+        save_file(tensors, folder / "model.safetensors")
+        processor = PictureProcessor.of(str(folder))
+        return FrozenTower(Checkpoint(str(folder)), PictureProcessor(processor.settings | settings)).key
+
+    whole = key()
+    assert whole == key("language_model") == key("embed_vision")
+    assert len({whole, key(PREFIX), key(max_soft_tokens=140)}) == 3

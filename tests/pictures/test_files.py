@@ -81,7 +81,8 @@ def test_the_first_frame_of_a_moving_picture(read):
         assert np.asarray(picture.image())[0, 0, 0] > 200 and np.array_equal(sent(picture), picture.image())
 
 
-def test_more_than_eight_bits_are_dropped_not_cut_off(read):
-    deep = Image.fromarray(np.full((8, 12), 40_000, np.uint16))
-    with pytest.raises(RowDropped, match=r"deep\.png: mode I;16, over 8 bits per channel"):
-        read(deep, "deep.png")
+@pytest.mark.parametrize(("kind", "mode"), [(np.uint16, "I;16"), (np.float32, "F")])
+def test_more_than_eight_bits_are_dropped_not_cut_off(read, kind, mode):
+    deep = Image.fromarray(np.full((8, 12), 40_000, kind))
+    with pytest.raises(RowDropped, match=rf"deep\.tiff: mode {mode}, over 8 bits per channel"):
+        read(deep, "deep.tiff")

@@ -1,18 +1,23 @@
 """What a plan counts of pictures, and which models it refuses them for."""
 
+import json
 from dataclasses import replace
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 from gemma4_tpu.architectures import ARCHITECTURES, seeing
 from gemma4_tpu.config.load import load
 from gemma4_tpu.config.machines import HardwareConfig
-from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.config.schema import DataConfig, DataSource, LoraConfig, ModelConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.config.tasks import PlanConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.models import sharding
 from gemma4_tpu.planning.compile import shapes
+from gemma4_tpu.planning.fill import lengths_of
 from gemma4_tpu.train import TRAIN
 from gemma4_tpu.training.recipe import Recipe
 
@@ -44,3 +49,22 @@ def test_the_projector_is_named_only_where_pictures_are_read(tmp_path):
     words = ["model=tiny", "lora.modules_to_train=[projector]", f"run_dir={tmp_path}/run"]
     with pytest.raises(UserError, match="tiny has no 'projector'"):
         load(words, TRAIN)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "expert_iteration", "distill"])
+def test_objectives_on_own_answers_refuse_pictures(objective):
+    with pytest.raises(UserError, match=f"objective={objective} samples answers to text-only prompts"):
+        load([f"objective={objective}", "model=tiny_e2b", "model.path=random:0", "data.image_cache=cache"], TRAIN)
+
+
+def test_a_plan_counts_the_tokens_of_pictures_and_makes_no_features(base, tmp_path):
+    Image.new("RGB", (96, 96)).save(tmp_path / "a.png")
+    picture, ask = {"type": "image", "path": "a.png"}, {"type": "text", "text": "What is it?"}
+    answer = {"role": "assistant", "content": "a red circle"}
+    rows = [{"messages": [{"role": "user", "content": parts}, answer]} for parts in ([picture, ask], [ask])]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(train=[DataSource(path=str(tmp_path / "rows.jsonl"))], image_cache=str(tmp_path / "cache"))
+    lengths = lengths_of(ModelConfig(name="tiny_e2b", path=str(base)), data, PlanConfig(), data_here=True)
+    seeing, blind = lengths.examples.lengths(np.arange(2))
+    assert 64 < seeing - blind < 70 and lengths.source.startswith("measured")  # and what stands around a picture
+    assert not (tmp_path / "cache").exists()

@@ -3,22 +3,27 @@
 import base64
 import io
 import json
+import re
+import textwrap
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from gemma4_tpu.config.schema import DataConfig, DataSource, ModelConfig
 from gemma4_tpu.data.build import build_data
 from gemma4_tpu.data.markup import IMAGE
+from gemma4_tpu.data.preview import preview
 from gemma4_tpu.data.seen import picture_reader
 from gemma4_tpu.data.sources import _undecoded
 from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.models.base import resolve_base
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "templates"
+PAGE = (Path(__file__).parents[2] / "docs/pictures.md").read_text(encoding="utf-8")
 ANSWER = {"role": "assistant", "content": "1 red circle"}
 ASK = {"type": "text", "text": "What is it?"}
 
@@ -38,6 +43,8 @@ def read(base, tmp_path_factory):
     (folder / "b" / "c d.png").write_bytes(png(64, 150))
     (folder / "torn.png").write_bytes(png()[:-40])
     (folder / "bomb.png").write_bytes(png(9000, 9000))
+    with (folder / "huge.png").open("wb") as huge:
+        huge.truncate(64 * 2**20 + 1)
     found = resolve_base(ModelConfig(name="tiny_e2b", path=str(base)), pictures=True)
     tokenizer = load_tokenizer(found.tokenizer_folder)
     own_template = tokenizer.chat_template
@@ -57,7 +64,7 @@ def read(base, tmp_path_factory):
         soft = [int((built.train.example(i)[0] == image_token).sum()) for i in range(len(built.train))]
         return built, soft
 
-    build.folder = folder
+    build.folder, build.tokenizer = folder, tokenizer
     return build
 
 
@@ -71,6 +78,7 @@ def test_every_spelling_of_a_picture_is_the_same_picture(read):
     rows = [
         said({"type": "image", "path": "a.png"}, ASK),
         said({"type": "image", "image": str(path)}, ASK),
+        said({"type": "image", "url": "a.png"}, ASK),
         said({"type": "image_url", "image_url": {"url": url}}, ASK),
         said({"type": "image_url", "image_url": path.as_uri()}, ASK),
         said({"type": "image_url", "image_url": {"url": f"file:{path}"}}, ASK),
@@ -109,6 +117,24 @@ def test_two_pictures_stand_where_the_row_has_them_and_carry_no_loss(read):
     assert len(starts) == 2 and starts[1] - starts[0] > 64 + 2  # the question between them
 
 
+def test_a_preview_shows_what_a_picture_takes(read):
+    built, soft = read([said({"type": "image", "path": "a.png"}, ASK)])
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    preview(built, DataConfig(train=[]), read.tokenizer, rows_per_update=1, seed=0, console=console)
+    assert f"[picture of {soft[0]} tokens]" in out.getvalue() and "⟦1 red circle" in out.getvalue()
+
+
+def test_a_folder_of_labelled_pictures_becomes_rows_as_the_page_says(read, monkeypatch):
+    (snippet,) = re.findall(r"^ *```python\n( *import json, pathlib\n.*?)^ *```", PAGE, re.M | re.S)
+    (read.folder / "photos/scratch").mkdir(parents=True)
+    (read.folder / "photos/scratch/0001.jpg").write_bytes(png())
+    monkeypatch.chdir(read.folder)
+    exec(textwrap.dedent(snippet), {})
+    built, soft = read([json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()])
+    assert soft == [64] and "scratch" in read.tokenizer.decode(built.train.example(0)[0])
+
+
 def test_parquet_as_datasets_writes_it(read):
     answer = {"role": "assistant", "content": [{"type": "text", "text": "1 red circle"}]}
     turns = [{"role": "user", "content": [{"type": "image", "text": None}, ASK]}, answer]
@@ -129,6 +155,7 @@ def test_parquet_as_datasets_writes_it(read):
         (said({"type": "image", "path": "torn.png"}, ASK), "unreadable_picture"),
         (said({"type": "image_url", "image_url": "data:image/png;base64,%%"}, ASK), "unreadable_picture"),
         (said({"type": "image", "path": "bomb.png"}, ASK), "picture_too_large"),
+        (said({"type": "image", "path": "huge.png"}, ASK), "picture_too_large"),
         (said({"type": "image_url", "image_url": "data:image/png,iVBORw0KGgo="}, ASK), "unreadable_picture"),
         (said({"type": "image_url", "image_url": "data:image/svg+xml,%3Csvg/%3E"}, ASK), "unreadable_picture"),
         (said({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}, ASK), "picture_on_the_web"),

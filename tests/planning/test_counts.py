@@ -13,15 +13,18 @@ from jax.sharding import PartitionSpec as P
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.machines import HardwareConfig
 from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.data.packing import pack
 from gemma4_tpu.hardware import SLICES, MeshSizes
 from gemma4_tpu.hf_config import pattern
 from gemma4_tpu.models.sharding import make_mesh
 from gemma4_tpu.planning import compile as compiling
 from gemma4_tpu.planning import counts, hlo, origins, schedule
+from gemma4_tpu.planning.fill import Fill
 from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.step.train_step import compiled_functions
 from gemma4_tpu.training.recipe import Recipe
+from tests.data.test_packing import codev_lengths
 
 SQUARE = [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]
 RING = [(0, 0), (1, 0), (1, 1), (0, 1)]
@@ -265,6 +268,22 @@ def test_attention_kernels_count_the_blocks_that_their_mask_leaves(scope, window
     (told,) = ours.plain()["attention"]
     assert told == {"window": window, "block_q": 512, "block_kv": 512, "flops": ours.kernel_flops}
     assert len(Mask(window, 512, 512).visited(4096)) == blocks
+
+
+def test_smaller_blocks_of_attention_compute_less_of_packed_rows():
+    """Of 31B's, by as much as docs/step.md says."""
+    lengths, arch = codev_lengths(10_000, 4096), ARCHITECTURES["gemma4_31b"]
+    rows = [lengths[members] for members in pack(lengths, 4096)[:500]]
+    fill = Fill(len(lengths), 0, 0, 0, 1, 1, 1, "drawn", rows)
+
+    def flops(size):
+        masks = {window: Mask(window, size, size) for window in (arch.sliding_window, None)}
+        each = {w: len(m.visited(4096)) * fill.share_visited(m, 4096) * size**2 for w, m in masks.items()}
+        return 50 * arch.head_dim * each[arch.sliding_window] + 10 * arch.global_head_dim * each[None]
+
+    saved = 1 - flops(256) / flops(512)
+    page = " ".join((Path(__file__).parents[2] / "docs/step.md").read_text().split())
+    assert f"blocks of 256 compute {saved:.0%} less than blocks of 512" in page
 
 
 def test_an_unknown_kernel_is_named():

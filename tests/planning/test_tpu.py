@@ -16,6 +16,7 @@ from gemma4_tpu.architectures import ARCHITECTURES, GLOBAL, SLIDING
 from gemma4_tpu.config.machines import HardwareConfig
 from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
 from gemma4_tpu.hardware import SLICES, MeshSizes
+from gemma4_tpu.models import splash
 from gemma4_tpu.models.grouped import InStack, grouped
 from gemma4_tpu.models.sharding import make_mesh
 from gemma4_tpu.planning import compile as compiling
@@ -223,6 +224,22 @@ def test_experts_of_a_stack_are_read_where_they_lie():
     # Two products forward and two backward, of which each reads a layer's experts once.
     assert [work.kernel_flops for work in works] == [2 * rows * hidden * dim] * 4
     assert [work.traffic.hbm for work in works] == [2 * (rows * hidden + rows * dim + of_a_layer)] * 4
+
+
+@pytest.mark.slow
+def test_a_larger_block_of_attention_does_not_compile_for_a_v5p(monkeypatch):
+    """Of a global layer, backward: why `splash.BLOCK` is what it is."""
+    monkeypatch.setattr(splash, "BLOCK", 2 * splash.BLOCK)
+    mesh = make_mesh(1, 1, absent_devices(SLICES["v5p-8"])[:1])
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    of = [((1, 4096, heads, 512), jnp.bfloat16) for heads in (4, 1)] + [((1, 4096), jnp.int32)]
+    given = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in of]
+
+    def total(q, kv, segments):
+        return splash.splash_attention(q, kv, kv, segments, None, mesh=mesh, interpret=False).astype(jnp.float32).sum()
+
+    with pytest.raises(OutOfMemory, match="vmem"):
+        compile_lowered(jax.jit(jax.grad(total, (0, 1))).lower(*given))
 
 
 LOWER = """

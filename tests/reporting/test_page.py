@@ -82,6 +82,9 @@ def test_what_is_not_there_is_said_in_a_line(run, capsys):
         "No price is known for local",
     ):  # fmt: skip
         assert told.count(line) == 1
+    of_run = [f"{name} run=outputs" for name in ("merge", "evaluate", "serve")]
+    for words in ("plan replay=outputs", *of_run, "bench served="):
+        assert f"`python -m gemma4_tpu.{words}" in told
     assert "$" not in told.replace("'prices={", "")
 
 

@@ -1,12 +1,14 @@
 """What ends a run early: patience and time, both to the very bits of a run that nothing happened to."""
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
 
 from gemma4_tpu.config.schema import TrainerConfig
-from gemma4_tpu.errors import UserError
+from gemma4_tpu.errors import PREEMPTED, TERMINATED, UserError
 from gemma4_tpu.tracking.result import Result
 from gemma4_tpu.training.endings import Patience, TimeLimit, check_patience
 from gemma4_tpu.training.hosts import Hosts
@@ -91,3 +93,27 @@ def test_two_processes_stop_at_the_same_update_by_the_clock_of_the_first(shallow
     assert [code for code, _ in ends] == [0, 0], ends
     assert Result.read(run / "result.json").status == "stopped"
     assert rows(run)[-1]["update"] == 1
+
+
+SIGNALLED = """
+import os, signal, sys, time
+from gemma4_tpu.training.preemption import Preemption
+
+with Preemption() as preemption:
+    if sys.argv[1] == "saving":
+        preemption.something_to_save()
+    os.kill(os.getpid(), signal.SIGTERM)
+    while not preemption.requested:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize(("when", "code", "told"), [
+    ("starting", PREEMPTED, "there is nothing to save"), ("saving", TERMINATED, "a second SIGTERM: exiting at once"),
+])  # fmt: skip
+def test_nothing_waits_before_the_first_update_or_after_a_second_sigterm(when, code, told):
+    command = [sys.executable, "-c", SIGNALLED, when]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=25, check=False)
+    assert done.returncode == code and told in done.stderr
