@@ -172,6 +172,14 @@ def test_a_schedule_replaces_the_assumed_utilization(planned):
     )
 
 
+def test_buckets_shorter_than_the_longest_take_their_share_of_its_time():
+    loaded = load(["hardware=v5p8", "model=gemma4_31b", "data.packing=buckets"], PLAN)
+    told = result(planned := Planned.of(loaded.root, loaded.checked))
+    assert 0.1 < planned.fill.length_share < 0.9
+    whole = told.roofline_seconds["update"] / 0.325
+    assert told.seconds_per_update["mid"] == pytest.approx(whole * planned.fill.length_share)
+
+
 def test_one_chip_sends_nothing():
     one_chip = load(["hardware=v6e1", "model=gemma4_e2b"], PLAN).checked.slice
     assert roofline(one_chip, 1.0, 1.0, {}, {})["interconnect"] == 0.0
