@@ -7,11 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma4_tpu import Gemma4
+from gemma4_tpu.config.load import load
+from gemma4_tpu.config.machines import MeshConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.evaluate import EVALUATE
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.attention import einsum_attention
 from gemma4_tpu.models.context_parallel import blockwise_attention, exchanged_places
 from gemma4_tpu.models.splash import _grid, _kernel, splash_attention
 from gemma4_tpu.planning.kernels import Mask
+from gemma4_tpu.train import load_train
 from tests.house.scripts import ROOT
 
 
@@ -64,6 +70,16 @@ def test_every_chip_has_as_many_pairs_of_tokens(parts):
     places = exchanged_places(48 * parts, parts).reshape(parts, -1)
     assert sorted(places.reshape(-1)) == list(range(48 * parts))
     assert len({int(chip.sum()) for chip in places}) == 1
+
+
+def test_what_decodes_refuses_split_rows_in_one_message():
+    told = r"^mesh\.cp=2: .*, which needs whole rows; set mesh\.cp=1(\n\(python|$)"
+    with pytest.raises(UserError, match=told):
+        Gemma4.load("embedded:tiny", mesh=MeshConfig(cp=2))
+    with pytest.raises(UserError, match=told):
+        load(["model.path=embedded:tiny", "mesh.cp=2"], EVALUATE)
+    with pytest.raises(UserError, match=told):
+        load_train(["objective=grpo", "rollouts.reward=a.b:c", "hardware=v5p8", "mesh.cp=2", "mesh.tp=2"])
 
 
 LENGTH, BLOCK = 131_072, 512
