@@ -63,7 +63,7 @@ def set_aside(rows: Sequence[Identity], fraction: float) -> list[bool]:
         return [False] * len(rows)
     ways = (
         ([row.prompt for row in rows], ""),
-        ([row.whole for row in rows], "most rows begin alike, so rows with the same prompt are on both sides"),
+        ([row.whole for row in rows], "all rows begin alike, so rows with the same prompt are on both sides"),
         ([_hash(b"%d %d" % (row.whole, number)) for number, row in enumerate(rows)], "the same row is on both sides"),
     )
     for keys, warning in ways:

@@ -19,7 +19,7 @@ REASONS = {
     "line_too_long": "the line is longer than 16 MiB; large pictures are given by their paths",
     "unknown_form": "the row's keys match no form, or several: `data.columns` says which column is which",
     "no_messages": "there are no turns, or no list of them",
-    "bad_role": "a turn's role is unknown, or a system turn is not the first",
+    "bad_role": "a turn's role is unknown or missing",
     "bad_content": "a turn's content is not text (audio, a number, nothing; pictures need `data.image_cache`)",
     "missing_picture": "a picture does not exist, or the row has more or fewer pictures than places for them",
     "unreadable_picture": "a picture cannot be decoded, or its sides differ too much",

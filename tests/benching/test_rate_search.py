@@ -4,6 +4,7 @@ import heapq
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -124,6 +125,23 @@ def test_arrivals_that_outrun_completions_are_told_from_chance(requests, share):
     assert set(told) == {share > 1}
 
 
+@pytest.mark.parametrize("slots", [1, 8])
+@pytest.mark.parametrize(
+    ("share", "requests", "least", "most"),
+    [(0.95, 30, 0, 0.05), (0.95, 100, 0, 0), (0.95, 1000, 0, 0), (1.1, 30, 0.2, 0.25), (1.1, 100, 0.5, 0.52),
+     (1.1, 1000, 1, 1), (2.0, 30, 1, 1), (2.0, 100, 1, 1), (2.0, 1000, 1, 1)],
+)  # fmt: skip
+def test_overload_is_called_as_often_as_the_page_says(share, requests, least, most, slots):
+    """docs/benchmarking.md: of 60 cells."""
+
+    def is_called(seed):
+        times = arrivals_seconds(np.random.default_rng(seed), requests, share * CAPACITY, "poisson")
+        growth = latencies.latency_growth(queue(times, slots, slots / CAPACITY))
+        return latencies.is_overloaded(growth, requests)
+
+    assert least <= np.mean([is_called(seed) for seed in range(60)]) <= most
+
+
 def test_a_burst_that_all_are_answered_in_time_is_no_overload():
     """Latency is longer than the load lasts, and the same for all."""
     answers = queue(np.arange(30) / 100, slots=30, service=5.0)
@@ -136,7 +154,10 @@ def test_goodput_and_the_best_second():
     assert found["request_goodput"] == pytest.approx(2 / 1.8)  # 0.3 and 0.9; the third begins after 1.5
     assert found["max_output_tokens_per_s"] == 3
     assert found["p90_e2el_ms"] == pytest.approx(np.percentile([600, 1200, 1800], 90))
-    assert latencies.summary(answers, 1.8, 2, "")["request_goodput"] is None
+    plain = latencies.summary(answers, 1.8, 3, "")
+    assert plain["request_goodput"] is None and plain["short_answers"] == 3
+    several = [replace(answer, output_tokens=8) for answer in answers]  # four tokens a chunk
+    assert latencies.summary(several, 1.8, 8, "")["max_output_tokens_per_s"] == 12
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import base64
 import html.parser
 import json
+import math
 import re
 
 import pytest
@@ -17,6 +18,7 @@ from gemma4_tpu.errors import UserError
 from tests.benching.conftest import cell
 
 FEW = ["bench.requests=4", "bench.warmup_requests=1"]
+LOADS = ("paper", "matrix")
 RATES = [*FEW, "bench.lengths=[[16,4],[64,4],[300,4]]", "bench.rates=[100,inf]"]
 
 
@@ -81,6 +83,14 @@ def test_states_and_what_is_left(swept, bench):
     points = read([str(folder)]).points
     assert [point.name for point in points] == ["16 in, 4 out, 100.0 requests/s", "16 in, 4 out, inf requests/s"]
     assert points[0].slice == "v6e-8" and points[0].serving.model == ModelDemand.of(ARCHITECTURES["gemma4_31b"])
+
+
+def test_the_papers_sweep_and_a_grid_like_the_blogs():
+    paper, matrix = (load(["endpoint=http://127.0.0.1:1", f"bench={name}"], BENCH).root.bench for name in LOADS)
+    assert (paper.requests, paper.temperature, paper.arrivals) == (30, 0, "poisson")
+    assert sorted(paper.rates) == [1, 2, 4, 8, 16, 32, 64, math.inf]
+    assert [tokens for tokens, _ in paper.lengths] == [512, 1024, 4096, 8192, 15360]
+    assert (len(matrix.users), len(matrix.lengths)) == (12, 12)
 
 
 def test_failed_cells_run_again_with_other_prompts(played, bench):

@@ -14,7 +14,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.training.checks import examine_train, warmup_warning
 from gemma4_tpu.training.hardware_checks import check_devices
-from gemma4_tpu.training.meshes import resolve_mesh
+from gemma4_tpu.training.meshes import resolve_mesh, row_splits
 from gemma4_tpu.training.recipe import rows_per_microbatch, rows_per_update
 
 REFUSALS = [
@@ -34,6 +34,18 @@ REFUSALS = [
     # rows that are split
     (["hardware=v5p8", "mesh.cp=3"], "mesh.cp=3: not possible for model=tiny_moe on 4 devices (dp × fsdp × cp × tp ="),
     (["hardware=v5p8", "mesh.cp=2", "mesh.tp=2", "data.sequence_length=4098"], "mesh.cp=2: rows of 4098 tokens"),
+    (
+        [
+            "model=gemma4_31b",
+            "model.path=random:0",
+            "hardware=v5p8",
+            "mesh.cp=2",
+            "mesh.tp=2",
+            "trainer.attention=splash",
+            "data.sequence_length=4352",
+        ],
+        "data.sequence_length or data.buckets [4352] must be multiples of 128, lengths of 512",
+    ),
     (["mesh.cp=2", "trainer.sample_prompts=1"], "trainer.sample_prompts=1 decodes answers, which needs whole rows"),
     (["optimizer.schedule=cos"], "did you mean optimizer.schedule=cosine?"),
     # optimizers: keys of another kind, schedules, averages
@@ -263,6 +275,11 @@ def test_auto_takes_the_largest_legal_tp():
     assert mesh("gemma4_12b", 8) == (1, 1, 8)  # one global key/value head is held by all, and so are E2B's
     assert mesh("gemma4_e2b", 8) == (1, 1, 8)
     assert mesh("tiny", 1) == (1, 1, 1)
+
+
+def test_parts_of_rows_worth_splitting_have_at_least_8192_tokens():
+    assert row_splits(131_072, 32) == [1, 2, 4, 8, 16]
+    assert (row_splits(16_384, 8), row_splits(16_383, 8), row_splits(1024, 8)) == ([1, 2], [1], [1])
 
 
 def test_an_axis_that_is_not_given_takes_what_the_others_leave():

@@ -120,8 +120,9 @@ NO_TEMPLATE_SHOWS = {
     "a result without a call": [user("w?"), answer("looking"), result("SECRET", "1"), answer("It is 4.")],
     "a call without a result": [user("w?"), calls(OSLO), answer("It is 4.")],
     "a call that nobody answers": [user("w?"), calls(OSLO), user("well?"), answer("It is 4.")],
+    "a late system turn": [user("w?"), answer("4"), {"role": "system", "content": "s"}, user("x"), answer("y")],
 }
-"""Google's templates move, lose or fuse something in these."""
+"""Google's templates move, lose or fuse something in these, or show a turn that no server would send."""
 ALL = {**PLAIN, **WITH_TOOLS, **SOME_TEMPLATES_FAIL, **NO_TEMPLATE_SHOWS}
 
 

@@ -243,6 +243,17 @@ def test_codev_rows_that_do_not_compile(tiny_tokenizer, write_jsonl):
     assert {reason: drop.count for reason, drop in dropped.items()} == {"syntax_error": 1}
 
 
+def test_rows_that_become_an_example_for_each_answer_are_counted(tiny_tokenizer, write_jsonl):
+    """The prompt's empty thought is not in earlier turns: the second prompt does not begin with the first example."""
+    turns = [("user", "add 1 2"), ("assistant", "3"), ("user", "and 1"), ("assistant", "4")]
+    several = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    built = build_data(config(write_jsonl([several, *rows(2)])), tiny_tokenizer)
+    told = built.to_json()["train"]
+    assert (told["rows_split"], told["rows_kept"], told["examples"]) == (1, 3, 4)
+    assert told["length_tokens"]["max"] >= told["length_tokens"]["p50"] > 0
+    assert {"examples", "tokenizer", "chat_template"} <= told["fingerprint"].keys()
+
+
 def test_embedded_rows_fit_and_are_quick_to_build(tiny_tokenizer):
     data = DataConfig(
         train=[DataSource(path="embedded:verilog_smoke/train.jsonl.gz")],

@@ -341,6 +341,17 @@ def test_every_form_can_be_named():
 
     assert {"data.format": ("auto", *FORMS)} == CHOICES
     assert read({"messages": [ASK, ANSWER], "text": "once"}, form="text")[0].text == "once"
+    with pytest.raises(UserError, match=r"match no known form \(data\.format=chat\)"):
+        read({"prompt": "add 1 2", "completion": "3"}, form="chat")
+
+
+def test_speakers_of_every_name_are_the_four_roles():
+    call = json.dumps(CALL["tool_calls"][0]["function"])
+    turns = [("developer", "be brief"), ("prompter", "add 1 2"), ("bot", "3"), ("user", "w?"), ("tool_call", call),
+             ("function", "4"), ("chatgpt", "4")]  # fmt: skip
+    made = read({"conversations": [{"from": role, "value": text} for role, text in turns]})[0].messages
+    assert [turn["role"] for turn in made] == ["system", "user", "assistant", "user", "assistant", "tool", "assistant"]
+    assert made[4]["tool_calls"] == CALL["tool_calls"]
 
 
 NAN = float("nan")

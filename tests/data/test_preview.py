@@ -1,6 +1,7 @@
 """What the preview shows, with colour and without."""
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from gemma4_tpu.data import preview
 from gemma4_tpu.data.build import build_data
 from gemma4_tpu.train import main
 from tests.data.conftest import chat_row
+from tests.house.scripts import ROOT
 
 
 @pytest.fixture
@@ -74,6 +76,14 @@ def test_command_line(monkeypatch, tmp_path, capsys, write_jsonl):
     assert "training would refuse this" in capsys.readouterr().out
     assert main(["preview=true", "data.train=[{path: nowhere.jsonl}]"]) == 2
     assert "nowhere.jsonl" in capsys.readouterr().err
+
+
+def test_the_example_of_the_page_is_what_is_shown(monkeypatch, tmp_path, capsys):
+    page = (ROOT / "docs/concepts/proof_of_examples.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^````\n(.*?)^````", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    assert main(["experiment=smoke", "preview=true"]) == 0
+    assert example in capsys.readouterr().out
 
 
 def test_of_an_on_policy_run_prompts_are_shown(capsys):

@@ -123,6 +123,26 @@ def test_every_kind_of_conversation_is_trained_as_it_is_served_or_dropped(file, 
         assert re.search(r"message \d|inside an open|outside of turns", problem.detail)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("file", kinds.released())
+def test_googles_templates_share_examples_and_drop_rows_as_the_page_says(file, policy):
+    """The table of docs/data.md: answers in each example, and which revisions lose what."""
+    tokenizer = with_template(file.read_text(encoding="utf-8"))
+    size, _, revision = file.stem.partition("_")
+
+    def answers(name):
+        tools = kinds.tools_of(name)
+        return [one.answers for one in examples(ChatFormat(tokenizer, policy), kinds.ALL[name], tools)]
+
+    apart = policy == "drop" and size == "31b"  # the prompt's empty thought is not in earlier turns
+    assert answers("several") == ([1, 1, 1] if apart else [3])
+    assert answers("one call") == ([1, 1] if apart else [2])
+    assert answers("thoughts") == ([2] if policy == "drop" and not apart else [1, 1])
+    lost = {name for name in kinds.SOME_TEMPLATES_FAIL if dropped(tokenizer, name, policy)}
+    april = {"null arguments"} if revision.startswith("2026-04") else set()
+    assert lost == april | ({"system parts"} if revision == "2026-04-13" else set())
+
+
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("name", kinds.ALL)
 def test_the_tiny_template_behaves_as_googles_newest(name, thinking):

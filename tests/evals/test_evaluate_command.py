@@ -245,4 +245,4 @@ def test_the_selfcheck_shows_simulator_sandbox_and_references(evaluate):
     assert f"{COUNT} of {COUNT}" in said
     assert f"0 of {COUNT} benches accept a design that does nothing" in said
     assert "mutants of the references pass" in said
-    assert "landlock" in said or "bubblewrap" in said
+    assert ("landlock" in said or "bubblewrap" in said) and "(limits: cpu_seconds=" in said

@@ -218,3 +218,14 @@ def test_the_folder_of_the_tiny_tokenizer_is_where_lm_eval_looks():
     told = arguments(EvalConfig(endpoint="http://h/v1"), "embedded:tiny", ROOT, {"id": "m", "max_model_len": 4096})
     assert told["model_args"]["tokenizer"] == str(ROOT / "tiny")
     assert told["model_args"]["max_length"] == 4096 and told["model_args"]["base_url"] == "http://h/v1/completions"
+
+
+def test_lm_eval_is_told_what_was_set():
+    from gemma4_tpu.config.tasks import EvalConfig, HarnessConfig
+    from gemma4_tpu.evals.harness_job import arguments
+
+    harness = HarnessConfig(tasks=["arc"], shots=3, chat_template=False, include="mine")
+    config = EvalConfig(endpoint="http://h/v1", max_problems=7, lm_eval=harness)
+    told = arguments(config, "embedded:tiny", ROOT, {"id": "m"})
+    assert (told["limit"], told["num_fewshot"], told["apply_chat_template"]) == (7, 3, False)
+    assert (told["tasks"], told["include_path"]) == (["arc"], "mine")

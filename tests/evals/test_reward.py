@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from gemma4_tpu.evals.verilog.mutants import mutants
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
 from gemma4_tpu.evals.verilog.verdict import reference_as_answer
 from tests.evals.verilog.designs import fenced, honest, needs_iverilog
+from tests.house.scripts import ROOT
 
 pytestmark = needs_iverilog
 PROBLEMS = VerilogSmoke().load()[:4]
@@ -67,6 +69,16 @@ def test_a_batch_comes_back_in_its_order_and_equal_samples_are_judged_once(judge
     assert [row["score"] for row in rows[:4]] == [1.0] * 4 and 0.2 <= rows[4]["score"] < 1 and rows[4]["mismatches"] > 0
     assert judge.health()["judged"] == before + 7
     assert judge([]) == []
+
+
+def test_the_verdicts_that_the_page_shows(judge):
+    page = (ROOT / "docs/concepts/verdict.md").read_text(encoding="utf-8")
+    shown = [json.loads(line) for line in re.findall(r'^\{"kind".*', page, re.MULTILINE)]
+    right = reference_as_answer(PROBLEMS[1])
+    assert "set f to the AND of in2 and u" in PROBLEMS[1].prompt and "set f to the AND of in2 and u" in page
+    answers = [right, right.replace("&", "|"), right.replace("assign", 'initial $fopen("x"); assign')]
+    rows = judge([(PROBLEMS[1].name, fenced(code)) for code in answers])
+    assert [{key: row[key] for key in one} for row, one in zip(rows, shown, strict=True)] == shown
 
 
 def test_many_clients_at_once_get_their_own_verdicts(judge):

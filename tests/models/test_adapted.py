@@ -5,7 +5,7 @@ import pytest
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.models import flops
+from gemma4_tpu.models import flops, quantize
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models.adapted import adapted_layers
 from gemma4_tpu.models.layout import Layout
@@ -84,6 +84,14 @@ def test_what_would_have_no_effect_is_refused(settings, told):
 def test_what_of_keys_and_values_is_adapted_is_told():
     counts = adapters.module_counts(Layout.of(BIG, LoraConfig(targets=["q", "v"])))
     assert counts == {"attn.q_einsum": 60, "attn.kv_einsum (v)": 50}
+
+
+def test_adapting_values_alone_quantises_the_array_that_they_share_with_keys():
+    lora = LoraConfig(targets=["v"], quantize="nf4")
+    layout = Layout.of(BIG, lora)
+    assert adapters.module_counts(layout) == {"attn.kv_einsum (v)": 50}
+    (shared,) = {leaf.weight.hf_names for leaf in layout.leaves() if quantize.is_quantized(leaf, lora)}
+    assert shared == ("self_attn.k_proj.weight", "self_attn.v_proj.weight")
 
 
 @pytest.mark.parametrize(

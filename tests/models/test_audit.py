@@ -60,16 +60,21 @@ QUANTISED = {
     "bitsandbytes": {"self_attn.q_proj.weight": ("U8", (8192, 1)), "self_attn.q_proj.weight.absmax": ("F32", (256,))},
     "GPTQ or AWQ": {"mlp.up_proj.qweight": ("I32", (16, 384)), "mlp.up_proj.qzeros": ("I32", (1, 48))},
     "compressed-tensors": {"mlp.up_proj.weight_packed": ("I32", (384, 16))},
+    "MXFP4": {"mlp.up_proj.weight_blocks": ("U8", (384, 4, 16)), "mlp.up_proj.weight_scales": ("U8", (384, 4))},
     "fp8 or another format with scales": {
         "mlp.up_proj.weight": ("F8_E4M3", (384, 128)), "mlp.up_proj.weight_scale_inv": ("F32", (3, 1)),
     },
 }  # fmt: skip
 
 
+STORED_INSTEAD = ("GPTQ or AWQ", "compressed-tensors", "MXFP4")
+"""Methods that keep no tensor of the weight's own name."""
+
+
 @pytest.mark.parametrize("method", QUANTISED)
 def test_quantised_tensors_are_named_as_such(tmp_path, method):
     more = {f"model.layers.2.{name}": tensor for name, tensor in QUANTISED[method].items()}
-    without = ["model.layers.2.mlp.up_proj.weight"] if method in ("GPTQ or AWQ", "compressed-tensors") else []
+    without = ["model.layers.2.mlp.up_proj.weight"] if method in STORED_INSTEAD else []
     (problem,) = found(write_skeleton(tmp_path / "base", "tiny", more=more, without=without)).problems
     assert f"quantised with {method}, though config.json has no quantization_config (model.layers.2." in problem
     assert "use the original weights" in problem

@@ -7,11 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma4_tpu import Gemma4
+from gemma4_tpu.config.load import load
+from gemma4_tpu.config.machines import MeshConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.evaluate import EVALUATE
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.attention import einsum_attention
 from gemma4_tpu.models.context_parallel import blockwise_attention, exchanged_places
 from gemma4_tpu.models.splash import _grid, _kernel, splash_attention
 from gemma4_tpu.planning.kernels import Mask
+from gemma4_tpu.train import load_train
+from tests.house.scripts import ROOT
 
 
 def value_and_gradients(attention, q, k, v, segments, window, weight):
@@ -63,6 +70,45 @@ def test_every_chip_has_as_many_pairs_of_tokens(parts):
     places = exchanged_places(48 * parts, parts).reshape(parts, -1)
     assert sorted(places.reshape(-1)) == list(range(48 * parts))
     assert len({int(chip.sum()) for chip in places}) == 1
+
+
+def test_what_decodes_refuses_split_rows_in_one_message():
+    told = r"^mesh\.cp=2: .*, which needs whole rows; set mesh\.cp=1(\n\(python|$)"
+    with pytest.raises(UserError, match=told):
+        Gemma4.load("embedded:tiny", mesh=MeshConfig(cp=2))
+    with pytest.raises(UserError, match=told):
+        load(["model.path=embedded:tiny", "mesh.cp=2"], EVALUATE)
+    with pytest.raises(UserError, match=told):
+        load_train(["objective=grpo", "rollouts.reward=a.b:c", "hardware=v5p8", "mesh.cp=2", "mesh.tp=2"])
+
+
+LENGTH, BLOCK = 131_072, 512
+
+
+def work_of_blocks(rng, mean):
+    """Blocks of keys that each block of queries meets in a global layer, in a packed row of random examples."""
+    left, lengths = LENGTH, []
+    while left:
+        drawn = LENGTH if mean == LENGTH else rng.lognormal(np.log(mean) - 0.7**2 / 2, 0.7)
+        lengths.append(int(min(left, max(1, drawn))))
+        left -= lengths[-1]
+    example = np.repeat(np.arange(len(lengths)), lengths).reshape(-1, BLOCK)
+    i, j = np.tril_indices(len(example))
+    met = (example[i, 0] <= example[j, -1]) & (example[j, 0] <= example[i, -1])
+    return np.bincount(i[met], minlength=len(example))
+
+
+@pytest.mark.parametrize("mean", [LENGTH, 32_000, 8_000, 1_000])
+def test_work_of_the_busiest_chip_is_as_the_page_says(mean):
+    page = (ROOT / "docs/long_context.md").read_text(encoding="utf-8")
+    rng, shown = np.random.default_rng(0), []
+    rows = [work_of_blocks(rng, mean) for _ in range(30)]
+    for parts in (2, 4, 8, 16):
+        places = exchanged_places(LENGTH, parts).reshape(parts, -1)[:, ::BLOCK] // BLOCK
+        chips = [row[places].sum(axis=1) for row in rows]
+        shown.append(f"{np.mean([chip.max() / chip.mean() for chip in chips]):.2f}")
+    name = f"{mean:,} tokens{' on average' if mean < LENGTH else ''}".replace(" tokens on", " on")
+    assert f"| {name} | {' | '.join(shown)} |" in page
 
 
 @pytest.mark.parametrize("window", [None, 300])

@@ -28,6 +28,7 @@ from gemma4_tpu.planning.schedule import Op, Transfer, plain
 from gemma4_tpu.planning.search import pareto
 from gemma4_tpu.reporting.memory_bars import plot_hbm
 from gemma4_tpu.reporting.plans import print_plan
+from tests.models.skeletons import write_skeleton
 from tests.tpu_compiler import needs_tpu_compiler
 
 pytestmark = needs_tpu_compiler
@@ -170,6 +171,14 @@ def test_a_schedule_replaces_the_assumed_utilization(planned):
     assert result_of(left_out, SCHEDULED)[0].seconds_per_update["mid"] == pytest.approx(
         told.roofline_seconds["update"] / 0.325
     )
+
+
+def test_buckets_shorter_than_the_longest_take_their_share_of_its_time():
+    loaded = load(["hardware=v5p8", "model=gemma4_31b", "data.packing=buckets"], PLAN)
+    told = result(planned := Planned.of(loaded.root, loaded.checked))
+    assert 0.1 < planned.fill.length_share < 0.9
+    whole = told.roofline_seconds["update"] / 0.325
+    assert told.seconds_per_update["mid"] == pytest.approx(whole * planned.fill.length_share)
 
 
 def test_one_chip_sends_nothing():
@@ -348,6 +357,15 @@ def test_the_schedule_can_be_left_out(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "plan.json").read_text())["step_seconds"] is None
     assert not (tmp_path / "timeline.png").exists()
     assert "assumed" in capsys.readouterr().out
+
+
+def test_what_training_would_refuse_in_the_checkpoint_is_logged(tmp_path, monkeypatch):
+    base = write_skeleton(tmp_path / "base", "tiny", without=["model.layers.3.mlp.up_proj.weight"])
+    monkeypatch.setattr(attempt, "start", lambda planned, stage: Stub(planned))
+    words = ["trainer.remat=decoder", "plan.schedule=false", f"model.path={base}", f"run_dir={tmp_path / 'plan'}"]
+    assert plan.main([*SMALL, *words]) == 0
+    log = " ".join((tmp_path / "plan/log.txt").read_text().split())
+    assert "training would be refused: " in log and "1 missing: model.layers.3.mlp.up_proj.weight" in log
 
 
 def test_what_is_known_first_stays_when_the_compiler_fails_later(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import gemma4_tpu
 from gemma4_tpu.architectures import ARCHITECTURES, GLOBAL, SLIDING
 from gemma4_tpu.config.machines import HardwareConfig
 from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import SLICES, MeshSizes
 from gemma4_tpu.models import splash
 from gemma4_tpu.models.grouped import InStack, grouped
@@ -149,6 +150,13 @@ def test_out_of_memory_is_told_in_the_compilers_figures():
         compile_lowered(jax.jit(lambda x: jnp.sin(x) @ x).lower(huge))
     assert caught.value.limit_bytes == 31.25 * 2**30
     assert 256 * 2**30 <= caught.value.needed_bytes <= 4 * 256 * 2**30
+
+
+def test_an_option_that_the_compiler_does_not_have_is_refused():
+    place = jax.sharding.SingleDeviceSharding(absent_devices(SLICES["v6e-4"])[0])
+    small = jax.jit(jnp.sin).lower(jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=place))
+    with pytest.raises(UserError, match=r"hardware\.compiler_options: the compiler has no option 'xla_tpu_no_such'"):
+        compile_lowered(small, {"xla_tpu_no_such": True})
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,15 @@ def test_answers_of_a_server_are_compared_stored_and_judged_anew(tmp_path, evalu
     assert "of 2 categories the interval excludes 0" in said and "like-for-like" not in said
 
 
+def test_the_first_20_wrong_answers_are_listed(tmp_path, evaluate):
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": f"{n}?", "completion": str(n)} for n in range(25)])
+    with Server(lambda *_: "x") as server:
+        folder = tmp_path / "run"
+        code, said = evaluate(f"eval.problems_path={rows}", f"eval.endpoint={server.url}", f"run_dir={folder}")
+    assert code == 0, said
+    assert (folder / "report.md").read_text().count("'x', expected '") == 20
+
+
 def test_letters_are_generated_for_listed_choices(tmp_path, evaluate):
     choices = sorted(COLOURS.values())
     rows = write(
