@@ -353,6 +353,34 @@ def test_the_memory_estimate(merged, port):
     assert of("serving=v6e8", "serving.data_parallel_size=1").sequences == tpu.sequences == 11
 
 
+HEADS = ("| `serving=` |", "| recipe | weights GiB per chip |")
+"""Of the tables in docs/serving.md."""
+
+
+def test_the_page_lists_every_recipe_and_what_is_estimated_for_it(merged, port):
+    page = (Path(__file__).parents[2] / "docs/serving.md").read_text()
+    recipes, estimated = (
+        {name: rest for name, *rest in ([cell.strip(" `") for cell in row.strip("|").split("|")] for row in rows)}
+        for rows in (page.partition(head)[2].partition("\n\n")[0].splitlines()[2:] for head in HEADS)
+    )
+    assert recipes.keys() == set(groups_of(SERVE)["serving"]) and len(estimated) == 5
+    for name, (what, *_) in recipes.items():
+        if name == "local":
+            continue
+
+        def model(*size, name=name, **more):
+            return merged(*size, folder=f"{name}/model", **more)
+
+        root = load([*recipe_words(name, model), f"serving.port={port}"], SERVE)
+        serving = root.root.serving
+        for pattern, value in ((r"tp (\d+)", serving.tensor_parallel_size), (r"(\d+) tokens", serving.max_model_len)):
+            assert re.findall(pattern, what) in ([], [str(value)]), name
+        if name in estimated:
+            found = estimate(root.checked.architecture, serving)
+            told = [f"{value / GIB:.2f}" for value in (found.weight_bytes, found.kv_bytes, found.room_bytes)]
+            assert [*told, str(found.sequences)] == [*estimated[name][:3], estimated[name][3].split()[0]], name
+
+
 def test_kv_cache_bytes_count_what_layers_keep():
     e2b = ARCHITECTURES["gemma4_e2b"]  # the last 20 of 35 layers share; of the first 15, three are global
     assert kv_cache_bytes(e2b, 512) == 2 * 2 * 512 * (12 * 256 + 3 * 512)
