@@ -311,6 +311,9 @@ def test_folders_that_are_not_a_merged_model(merged, refused, tmp_path):
     (linked / "model.safetensors").unlink()
     (linked / "model.safetensors").symlink_to(adapter / "model.safetensors")
     assert "cp -rL" in refused(linked)
+    bare = merged(folder="bare")
+    (bare / "tokenizer.json").unlink()
+    assert "there is no tokenizer.json" in refused(bare)
     cut = merged(folder="cut")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
     (cut / "model.safetensors.index.json").write_text(json.dumps(index))

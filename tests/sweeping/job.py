@@ -53,7 +53,8 @@ def main() -> int:
         return 2
     result = Result(
         status=mine.get("status", "finished"), updates=len(losses) - 1, heldout_loss_last=losses[-1],
-        heldout_loss_best=min(losses), real_tokens=1000, seconds=2.0, real_tokens_per_second=mine.get("speed", 500.0),
+        heldout_loss_best=min(losses), measures=mine.get("measures", {}), real_tokens=1000, seconds=2.0,
+        real_tokens_per_second=mine.get("speed", 500.0),
     )  # fmt: skip
     folder.leave_result(result)
     tracker.close()
