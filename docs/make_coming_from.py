@@ -35,7 +35,7 @@ THEIRS = {
 }
 """Tool → its keys that the page names, as of 2026; all are known to `translate`."""
 OWN = {
-    "hf_path": "data.train", "dataset_name": "data.train", "datasets": "data.train",
+    "dataset_name": "data.train", "datasets": "data.train",
     **dict.fromkeys(("micro_batch_size", "per_device_train_batch_size", "per_device_batch_size"),
                     "trainer.global_batch_sequences"),
     **dict.fromkeys(("adapter", "use_peft"), "lora"), **dict.fromkeys(("rl", "use_dpo"), "objective"),

@@ -73,7 +73,7 @@ def _words(key: str, value: Any, theirs: dict[str, Any], devices: int | None) ->
         raise UserError(SETTLED[key])
     elif ours == "model.path":
         yield from _model(shown)
-    elif ours == "data.train" or key == "hf_path":
+    elif ours == "data.train":
         yield from _sources(value if isinstance(value, list) else [value])
     elif (per_device := (ours, written) == ROWS or ours == "trainer.microbatches") and devices is None:
         raise UserError("counts rows per device, and the file does not give the number of devices: add --devices N")

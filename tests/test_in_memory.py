@@ -45,6 +45,16 @@ def test_one_text_and_ids_are_taken_as_well(ours):
     np.testing.assert_array_equal(alone, by_ids)
 
 
+def test_without_a_temperature_the_likeliest_tokens_answer_the_rendered_prompt(ours, theirs):
+    asked = [{"role": "user", "content": "Write an adder."}]
+    ids = ours.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+    given = torch.tensor([ids])
+    with torch.inference_mode():
+        wanted = theirs.generate(given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=12)[0]
+    told = ours.tokenizer.decode(wanted[len(ids) :], skip_special_tokens=True)
+    assert ours.generate(asked[0]["content"], max_new_tokens=12) == ours.generate([asked], max_new_tokens=12) == [told]
+
+
 def test_answers_follow_from_seed_and_place(ours):
     asked = ["Write an adder.", [{"role": "user", "content": "Write a counter."}]]
     sampled = ours.generate(asked, max_new_tokens=12, temperature=1.0, seed=3)

@@ -7,7 +7,8 @@ import pytest
 from gemma4_tpu import translate
 from gemma4_tpu.config.load import compose_all
 from gemma4_tpu.config.synonyms import BY_VALUE, BY_WORD, SAME, SETTLED
-from gemma4_tpu.train import TRAIN
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.train import TRAIN, load_train
 from tests.house.scripts import ROOT, script
 
 AXOLOTL = """\
@@ -137,4 +138,12 @@ def test_the_page_is_made_of_the_same_words():
     text = (ROOT / "docs/coming_from.md").read_text(encoding="utf-8")
     assert made.page(text) == text, "run python docs/make_coming_from.py"
     named = {word for words in made.THEIRS.values() for word in words.split()}
-    assert named <= {*BY_WORD, *BY_VALUE, *SAME, *SETTLED, "hf_path"}
+    assert named <= {*BY_WORD, *BY_VALUE, *SAME, *SETTLED}
+
+
+def test_a_key_of_the_page_is_refused_with_its_counterpart():
+    made = script("docs/make_coming_from.py")
+    for word in sorted({word for words in made.THEIRS.values() for word in words.split()} - made.SETTLED.keys()):
+        with pytest.raises(UserError) as refused:
+            load_train([f"{word}=1"])
+        assert made.ours(word) in str(refused.value).partition("the configuration has")[0], word

@@ -102,7 +102,8 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
     ),
     ("tokenizer_name tokenizer_path", "model.tokenizer={}", "a folder"),
     (
-        "dataset datasets dataset_name dataset_path data_path data_files data_dir train_file train_data train_dataset",
+        "dataset datasets dataset_name dataset_path data_path data_files data_dir hf_path train_file train_data"
+        " train_dataset",
         "data.train={}",
         _DATA,
     ),
@@ -111,6 +112,7 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
         "data.heldout={}",
         _HELDOUT,
     ),
+    ("rl use_dpo", "objective=dpo", "or ipo, orpo"),
     ("val_set_size validation_split eval_split test_size", "data.heldout_fraction={}", "a share of the training rows"),
     ("max_samples max_train_samples num_samples", "data.max_rows={}", ""),
     ("sample_packing", "data.packing={}", ""),

@@ -191,6 +191,17 @@ def test_what_cannot_work_is_refused(refused, words, told):
     assert "problems in the configuration" not in message
 
 
+def test_full_fine_tuning_is_refused_where_a_reference_would_need_a_second_copy(refused):
+    told = "full fine-tuning would need a second copy"
+    assert told in refused("objective=dpo", "lora=none") and told in refused("objective=ipo", "lora=none")
+    assert told not in refused("objective=orpo", "lora=none")  # nothing but its rows is complained about
+
+
+def test_spikes_are_of_supervised_tuning(refused):
+    told = "trainer.spike_factor=3.0: losses of objective=ipo have no baseline"
+    assert told in refused("objective=ipo", "trainer.spike_factor=3")
+
+
 def test_every_limit_names_a_key():
     known = {key for entry in ENTRIES.values() for key in leaf_keys(entry.schema)}
     assert not {*CHOICES, *RANGES} - known

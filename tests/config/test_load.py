@@ -1,5 +1,6 @@
 """Composition: where `conf/` is found, what the command line may say, what comes out."""
 
+import logging
 import resource
 import shutil
 import subprocess
@@ -238,6 +239,19 @@ def test_hydras_word_for_the_run_folder(tmp_path):
     assert loaded.root.run_dir == f"{tmp_path}/a run"
     with pytest.raises(UserError, match=r"hydra\.run\.dir=a and run_dir=b: both set the run folder"):
         load_train(["hydra.run.dir=a", "run_dir=b"])
+
+
+@pytest.mark.parametrize(
+    ("word", "loggers"), [("hydra.verbose=true", ["gemma4_tpu"]), ("hydra.verbose=[lib_a,lib_b]", ["lib_a", "lib_b"])]
+)
+def test_hydras_word_for_debug_records(word, loggers):
+    before = {name: logging.getLogger(name).level for name in loggers}
+    try:
+        load_train(["model=tiny_moe", word])
+        assert {logging.getLogger(name).level for name in loggers} == {logging.DEBUG}
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def test_help_tells_groups_keys_meanings_and_defaults(capsys):

@@ -264,6 +264,19 @@ def test_what_nothing_was_given_for_starts_afresh_and_is_named(by_peft, tmp_path
     np.testing.assert_array_equal(same, initial["stages"][0][0]["mlp"]["up_proj"]["kernel_lora_a"])
 
 
+def test_whose_adapters_they_are_is_told(run_of, dense, tmp_path, caplog):
+    run, base = run_of()
+    start = open_start(LoraConfig(rank=4, alpha=8.0, start=str(run)), arch_of(base))
+    start.tell(RunFolder(tmp_path, write=True), base=start.base)
+    assert "another base" not in caplog.text
+    start.tell(RunFolder(tmp_path, write=True), base="f" * 64)
+    assert f"trained on another base (fingerprint {start.base[:12]}, here ffffffffffff)" in caplog.text
+    base, folder = dense
+    place = copy_with(folder, tmp_path / "named", base_model_name_or_path="google/gemma-4-31B-it")
+    named = open_start(LoraConfig(rank=8, alpha=16.0, start=str(place)), arch_of(base))
+    assert named.source == f"PEFT adapter {place} (trained on google/gemma-4-31B-it)"  # which the log begins with
+
+
 def of_a_tower(folder, target, *, trained):
     """As PEFT saves an adapter of all linear modules: those of the vision tower had no gradient, their B stayed 0."""
     tensors = load_file(folder / WEIGHTS)

@@ -1,6 +1,28 @@
 """Figures say whose they are."""
 
+import json
+import re
+
 from docs.unsourced_figures import NEED_NONE, PAGES, unknown, unsourced
+from tests.house.scripts import ROOT
+
+
+def test_what_readme_and_an_example_estimate_is_in_their_records():
+    readme, page = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "docs/concepts/plan.md"))
+    told = re.search(r"one epoch: (.+?) minutes and \$(.+?) on a v5p-8", readme)
+    table = (ROOT / "experiments/plans/README.md").read_text().splitlines()
+    (cells,) = (
+        [cell.strip() for cell in row.split("|")] for row in table if row.startswith("| gemma4_31b | v5p-8 | lora")
+    )
+    assert list(told.groups()) == cells[-4:-2]
+    shown = json.loads(re.search(r"```json (\{.+?\}\}) ```", page)[1])
+    folder = ROOT / "experiments/e4b_v6e1"
+    assert shown.items() <= json.loads((folder / "plan.json").read_text()).items()
+    (run,) = (row for row in (folder / "README.md").read_text().splitlines() if row.startswith("| the run |"))
+    (example,) = re.findall(
+        r"\| (29[^|]+GiB) \| (\d+) ms[^|]+\| (\d+) ms[^|]+\| ([^|]+) \| ([^|]+) \| ([^|]+) \|", page
+    )
+    assert {cell.removesuffix(" GiB") for cell in example} <= {cell.strip() for cell in run.split("|")}
 
 
 def test_no_figure_of_readme_and_docs_lacks_its_source():

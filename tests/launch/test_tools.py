@@ -18,6 +18,7 @@ from gemma4_tpu.hardware import SLICES
 from gemma4_tpu.launch import gke
 from gemma4_tpu.serve import SERVE
 from gemma4_tpu.serving.flag_checks import HANDED_ON
+from gemma4_tpu.storage import filesystem
 from gemma4_tpu.train import load_train
 from tests.fetched import tool
 from tests.launch.conftest import PLACE, ROOT, RUN, put_on_path
@@ -176,9 +177,22 @@ def test_kubernetes_takes_what_serves_on_gke(home, capsys):
     assert pod["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "2x4"
     started = container["startupProbe"]
     assert started["httpGet"]["path"] == "/health" and started["failureThreshold"] * started["periodSeconds"] >= 3600
+    assert container["readinessProbe"]["httpGet"]["path"] == "/health"
+    assert metric["pods"]["target"] == {"type": "AverageValue", "averageValue": "8"}
+    (bucket,) = (volume["csi"] for volume in pod["spec"]["volumes"] if volume["name"] == "model")
+    assert bucket["volumeAttributes"]["bucketName"] == "bucket" and pod["spec"]["serviceAccountName"] == "reader"
     assert {variable["name"] for variable in container["env"]} >= set(HANDED_ON)
     # PodMonitoring is an object of GKE's own, which Kubernetes' schemas don't know.
     kubernetes_takes(home, [each for each in objects if each is not monitoring])
+
+
+def test_gke_serving_reads_the_models_size_from_the_bucket(bucket, merged, capsys):
+    fs, root = filesystem(bucket)
+    fs.put(str(merged("gemma4_31b")), f"{root}/merged", recursive=True)
+    assert serve.main(["serving=v6e8", "serving.runner=gke", f"run={bucket}/merged"]) == 0
+    assert "30.70 G parameters" in capsys.readouterr().out
+    assert serve.main(["serving=v6e8", "serving.runner=gke", f"run={bucket}/other"]) == 2
+    assert "with architecture=<size> it need not be read" in " ".join(capsys.readouterr().err.split())
 
 
 def test_gke_serving_refuses_what_can_not_work(capsys, tmp_path):

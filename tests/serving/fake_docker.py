@@ -230,8 +230,8 @@ def server(about: dict, say: Callable[[str], None], leave: Callable[[int], None]
             pass
 
         def do_GET(self):
-            body = {"data": [{"id": name}]} if self.path == "/v1/models" else {}
-            self.reply(200, body)
+            bodies = {"/v1/models": {"data": [{"id": name}]}, "/version": {"version": "0.32.0+played"}}
+            self.reply(200, bodies.get(self.path, {}))
 
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -89,6 +89,7 @@ def test_a_sweeps_folder_stands_for_its_runs(adapted, dry_run, tmp_path, port):
         ({"use_dora": True}, "DoRA (use_dora=True), which vLLM refuses; serve merged weights"),
         ({"alora_invocation_tokens": [5]}, "activated LoRA (alora_invocation_tokens=[5]), which vLLM refuses"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights=pissa_niter_16, which changed the base's weights"),
+        ({"lora_bias": True}, "biases (lora_bias=True), which vLLM refuses"),
         ({"modules_to_save": ["lm_head"]}, "whole modules alongside the adapter (modules_to_save=['lm_head'])"),
         ({"trainable_token_indices": {"embed_tokens": [3]}}, "trained rows of tokens"),
         ({"target_parameters": ["experts.down_proj"]}, "adapters of experts in PEFT's form"),

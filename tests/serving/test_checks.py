@@ -311,6 +311,9 @@ def test_folders_that_are_not_a_merged_model(merged, refused, tmp_path):
     (linked / "model.safetensors").unlink()
     (linked / "model.safetensors").symlink_to(adapter / "model.safetensors")
     assert "cp -rL" in refused(linked)
+    bare = merged(folder="bare")
+    (bare / "tokenizer.json").unlink()
+    assert "there is no tokenizer.json" in refused(bare)
     cut = merged(folder="cut")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
     (cut / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -351,6 +354,34 @@ def test_the_memory_estimate(merged, port):
     fits = of("serving=v6e8", f"serving.max_model_len={min(longest, 131072)}")
     assert fits.sequences >= 1 and longest > 131072
     assert of("serving=v6e8", "serving.data_parallel_size=1").sequences == tpu.sequences == 11
+
+
+HEADS = ("| `serving=` |", "| recipe | weights GiB per chip |")
+"""Of the tables in docs/serving.md."""
+
+
+def test_the_page_lists_every_recipe_and_what_is_estimated_for_it(merged, port):
+    page = (Path(__file__).parents[2] / "docs/serving.md").read_text()
+    recipes, estimated = (
+        {name: rest for name, *rest in ([cell.strip(" `") for cell in row.strip("|").split("|")] for row in rows)}
+        for rows in (page.partition(head)[2].partition("\n\n")[0].splitlines()[2:] for head in HEADS)
+    )
+    assert recipes.keys() == set(groups_of(SERVE)["serving"]) and len(estimated) == 5
+    for name, (what, *_) in recipes.items():
+        if name == "local":
+            continue
+
+        def model(*size, name=name, **more):
+            return merged(*size, folder=f"{name}/model", **more)
+
+        root = load([*recipe_words(name, model), f"serving.port={port}"], SERVE)
+        serving = root.root.serving
+        for pattern, value in ((r"tp (\d+)", serving.tensor_parallel_size), (r"(\d+) tokens", serving.max_model_len)):
+            assert re.findall(pattern, what) in ([], [str(value)]), name
+        if name in estimated:
+            found = estimate(root.checked.architecture, serving)
+            told = [f"{value / GIB:.2f}" for value in (found.weight_bytes, found.kv_bytes, found.room_bytes)]
+            assert [*told, str(found.sequences)] == [*estimated[name][:3], estimated[name][3].split()[0]], name
 
 
 def test_kv_cache_bytes_count_what_layers_keep():

@@ -1,10 +1,12 @@
 """What `serving=local` refuses before it starts, each in one message."""
 
+import json
 import socket
 import subprocess
 import sys
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from gemma4_tpu.serve import main
 from gemma4_tpu.serving import local, local_checks
@@ -55,6 +57,17 @@ def test_a_checkpoint_larger_than_the_memory_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(local.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**6}))
     assert main(["serving=local", f"run={TINY}", f"serving.port={free_port()}", "dry_run=true"]) == 2
     assert "serving=local is for small checkpoints" in capsys.readouterr().err
+
+
+def test_a_server_whose_engine_fails_ends_with_its_error(monkeypatch, tmp_path):
+    def broken(*_, **__):
+        raise RuntimeError("out of everything")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", broken)
+    with pytest.raises(RuntimeError, match="out of everything"):  # a traceback, on the command line
+        main(["serving=local", f"run={TINY}", f"serving.port={free_port()}", f"run_dir={tmp_path / 'record'}"])
+    result = json.loads((tmp_path / "record/result.json").read_text())
+    assert (result["status"], result["error"]) == ("failed", "out of everything")
 
 
 def test_a_dry_run_starts_nothing(capsys):

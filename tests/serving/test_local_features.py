@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, MinPLogitsWarper, RepetitionPenal
 from gemma4_tpu.data.markup import QUOTE
 from gemma4_tpu.serving.local_engine import READY, LocalEngine
 from gemma4_tpu.serving.local_metrics import Metrics
+from gemma4_tpu.serving.local_process import WorkRefused
 from gemma4_tpu.serving.local_sampling import AnswerSampling, GeneratedAnswer, choose
 from tests.serving import TINY
 from tests.serving.local_requests import application, send, started
@@ -180,6 +181,15 @@ def test_a_bias_of_100_writes_the_answer(tiny_engine):
         assert completed(tiny_engine, max_tokens=3, logit_bias={str(token): 100}, **body).choices[0].text == "xxx"
 
 
+def test_what_a_request_leaves_out_is_the_checkpoints(tiny_engine, monkeypatch):
+    """Of `generation_config.json`."""
+    likeliest = completed(tiny_engine, prompt="module", max_tokens=8).choices[0].text
+    monkeypatch.setattr(tiny_engine._model.generation_config, "top_k", 1)
+    warm = {"prompt": "module", "max_tokens": 8, "temperature": 2, "seed": 1}
+    assert completed(tiny_engine, **warm).choices[0].text == likeliest
+    assert completed(tiny_engine, **warm, extra_body={"top_k": 0}).choices[0].text != likeliest
+
+
 # ── answers of a form ──────────────────────────────────────────────────────────────────────────────────────────────
 
 SCHEMA = {
@@ -202,6 +212,20 @@ def test_an_answer_keeps_its_schema(tiny_engine, seed):
         assert found.keys() == SCHEMA["properties"].keys()
         assert found["name"] in ("adder", "größer") and isinstance(found["clocked"], bool)
         assert len(found["ports"]) <= 2 and all(0 <= port <= 9 for port in found["ports"])
+
+
+@pytest.mark.parametrize(
+    ("between", "allowed"), [("", True), (" ", True), ("\n\t", True), ("\n    ", True), ("  ", False), ("\n\n", False)]
+)
+def test_white_space_in_an_answer_is_bounded(tiny_engine, between, allowed):
+    grammar, tokens = tiny_engine.grammar({"type": "object"}), tiny_engine.tokenizer(f'{{"a":{between}1}}')["input_ids"]
+    try:
+        for token in tokens[tokens[0] == tiny_engine.tokenizer.bos_token_id :]:
+            assert allowed is False or grammar.allowed()[token]
+            grammar.take(token)
+        assert allowed and grammar.is_over
+    except WorkRefused:
+        assert not allowed
 
 
 def test_an_answer_that_ends_is_an_object(tiny_engine):

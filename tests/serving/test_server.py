@@ -37,7 +37,8 @@ def test_a_server_starts_compiles_answers_and_leaves_nothing(
     for told in ("loading weights, 1 of 2 files", "compiling", "answers 2 of 2 stored prompts", "ready"):
         assert told in log, told
     assert "Precompile backbone" in (serve.record / "server.log").read_text()
-    assert (done["status"], done["probe"]["as_merged"]) == ("stopped", 2)
+    assert "serving: from the paper, section 7" in " ".join(shown.err.split())  # before the start
+    assert (done["status"], done["version"], done["probe"]["as_merged"]) == ("stopped", "0.32.0+played", 2)
     assert 0.4 < done["ready_seconds"] < 10
     assert ["pull", "vllm/vllm-tpu:v0.32.0"] in docker.calls
     assert done["image_digest"] == "vllm/vllm-tpu@sha256:" + "0" * 64

@@ -141,6 +141,8 @@ def test_each_kind_tells_what_its_class_does(kind):
     loss, stats = objective.loss(nll, rows | {REFERENCE_NLL: nll})
     told = means(stats)
     assert np.isfinite(float(loss)) and set(measures_of([told])) == set(told) == set(KINDS[kind].measures)
+    if objective.reference:  # the model is the reference: margins of 0 are ties
+        assert (told["margin"], told["accuracy"]) == (0, 0.5)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

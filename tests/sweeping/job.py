@@ -52,8 +52,9 @@ def main() -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         return 2
     result = Result(
-        status="finished", updates=len(losses) - 1, heldout_loss_last=losses[-1], heldout_loss_best=min(losses),
-        real_tokens=1000, seconds=2.0, real_tokens_per_second=mine.get("speed", 500.0),
+        status=mine.get("status", "finished"), updates=len(losses) - 1, heldout_loss_last=losses[-1],
+        heldout_loss_best=min(losses), measures=mine.get("measures", {}), real_tokens=1000, seconds=2.0,
+        real_tokens_per_second=mine.get("speed", 500.0),
     )  # fmt: skip
     folder.leave_result(result)
     tracker.close()

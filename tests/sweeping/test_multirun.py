@@ -67,6 +67,16 @@ def test_a_failing_and_a_preempted_job_do_not_stop_a_sweep_and_the_next_start_go
     assert second.jobs["lora.rank-4"].starts == 2
 
 
+def test_a_job_that_its_time_limit_stopped_has_its_result_and_goes_on_with_the_next_start(sweep):
+    """It exits with 0, as one that patience ended does, which is finished for good."""
+    sweep.behave(**{"lora.rank-4": {"status": "stopped"}})
+    first = sweep("lora.rank=2,4")
+    assert set(statuses(first).values()) == {"finished"}
+    assert [row["heldout_loss_last"] for row in sweep.table] == ["1.0", "1.0"]
+    sweep("lora.rank=2,4")
+    assert sweep.starts == ["lora.rank-2", "lora.rank-4", "lora.rank-4"]
+
+
 def test_why_a_job_was_killed_is_told_if_it_said_so(sweep):
     sweep.behave(**{"lora.rank-4": {"error": "the template of x", "killed": True}})
     done = sweep("lora.rank=2,4", exit_code=1)

@@ -110,6 +110,14 @@ def test_objectives_are_searched_like_any_group(sweep):
         assert RunFolder.existing(str(sweep.folder / f"objective-{kind}")).read_config()["objective"]["kind"] == kind
 
 
+def test_a_measure_of_the_objective_can_decide(sweep):
+    sweep.behave(**{f"lora.rank-{rank}": {"measures": {"heldout_accuracy": rank / 10}} for rank in (2, 4)})
+    words = ("hydra.sweeper.metric=heldout_accuracy", "hydra.sweeper.direction=maximize", "hydra.sweeper.seed=1")
+    study = study_of(sweep(*WORDS, *words, "lora.rank=choice(2,4)", "hydra.sweeper.n_trials=4"))
+    assert {trial.value for trial in study.trials} == {0.2, 0.4}
+    assert (study.best_trial.params["lora.rank"], study.best_value) == ("4", 0.4)
+
+
 def test_an_interval_is_not_enumerated(sweep, capsys):
     from gemma4_tpu.train import main
 
