@@ -3,9 +3,9 @@
 # promised (tests/promised.sh).
 #
 # HEAD is cloned into FOLDER (which must be empty; by default a temporary one that is removed), and HOME is an empty
-# folder. Each of README's two `make` commands runs as it stands there, in a clone of its own: no environment but the one
-# that it makes. Then README's plan runs in the first of those environments. Material in ../shared, which some tests read,
-# is linked to where the clones look for it. What is skipped, and how long everything took, is said at the end.
+# folder. README's two `make` commands run there as they stand, then its plan: no environment but the one that the first
+# of them makes. Material in ../shared, which some tests read, is linked to where the clone looks for it. What is skipped,
+# and how long everything took, is said at the end.
 #
 # --timed, before a release, on a machine that does nothing else: only the way to a costed 31B, which is the demo and the
 # plan; a failure if they take more than 12 minutes.
@@ -42,23 +42,20 @@ took() { timings+=("$(printf '%5d s  %s' $((SECONDS - began)) "$1")"); }
 
 skipped=()
 [[ -d $repository/../shared ]] || skipped+=("tests that read ../shared, which is not here")
-for number in "${!commands[@]}"; do
-  command=${commands[$number]}
+[[ ! -d $repository/../shared ]] || ln -s "$(cd "$repository/../shared" && pwd)" "$place/shared"
+git clone --quiet "$repository" "$place/gemma4-tpu"
+cd "$place/gemma4-tpu"
+for command in "${commands[@]}"; do
   say "$command"
-  mkdir "$place/$number"
-  [[ ! -d $repository/../shared ]] || ln -s "$(cd "$repository/../shared" && pwd)" "$place/$number/shared"
-  git clone --quiet "$repository" "$place/$number/gemma4-tpu"
-  cd "$place/$number/gemma4-tpu"
   began=$SECONDS
-  as_newcomer "$command" 2>&1 | tee "$place/$number/log.txt"
+  as_newcomer "$command" 2>&1 | tee -a "$place/log.txt"
   took "$command"
   [[ -z $(git status --porcelain) ]] || { echo "$command leaves the checkout changed:"; git status --short; exit 1; }
-  mapfile -t -O "${#skipped[@]}" skipped < <(grep '^SKIPPED ' "$place/$number/log.txt" || true)
 done
+mapfile -t -O "${#skipped[@]}" skipped < <(grep '^SKIPPED ' "$place/log.txt" || true)
 
 if [[ $(uname -sm) == "Linux x86_64" ]]; then
   say "$plan"
-  cd "$place/0/gemma4-tpu"
   began=$SECONDS
   as_newcomer "source .venv/bin/activate && $plan" 2>&1 | tee "$place/plan.txt"
   took "$plan"
