@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -144,9 +145,10 @@ def _plan(place: Path) -> Any:
 
 
 def _page(place: Path) -> tuple[str, list[str]]:
-    """The page, without the names of what is in its own folder; and the names of all that is with it."""
+    """The page, without when it was made and the name of its folder; and the names of all that is with it."""
     made = sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
-    return (place / "page.md").read_text().replace(str(place), ""), made
+    text = (place / "page.md").read_text().replace(str(place), "")
+    return re.sub(r"^Made on \S+ \S+ UTC ", "", text, flags=re.MULTILINE), made
 
 
 def _cells(place: Path) -> list[str]:

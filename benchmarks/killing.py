@@ -31,7 +31,8 @@ _PROGRESS = re.compile(r"\d\d:\d\d:\d\d (?!ERROR|CRITICAL)")
 """Log lines on stderr; a line that is neither one of these nor a message should not have been printed."""
 _MESSAGE = re.compile(
     r"(error: |interrupted(;|$)|ended without unwinding$"
-    r"|\d\d:\d\d:\d\d (WARNING: (preempted and saved at update|SIGTERM before the first update:)|SIG\w+: |stopped:))"
+    r"|(\d\d:\d\d:\d\d WARNING: )?SIGTERM before the first update:"  # also before there is a log
+    r"|\d\d:\d\d:\d\d (WARNING: preempted and saved at update|SIG\w+: |stopped:))"
 )
 """How a stopped command says so: exactly one of them."""
 MARK = "GEMMA4_CHAOS"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from traceback import format_exception
 from types import FrameType, TracebackType
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from gemma4_tpu import scratch
 from gemma4_tpu.redact import redact
@@ -42,6 +42,8 @@ TERMINATING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that request an end: schedulers send SIGUSR1 or SIGUSR2 some time before the machine is taken."""
 SECONDS_TO_UNWIND = 30.0
 """Time that a command has to unwind."""
+SECONDS_TO_BE_SEEN = 3.0
+"""Time after which Ctrl-C is sent again if the main thread neither unwinds nor has handled it."""
 _AGAIN_SECONDS = 0.02
 Stop = TypeVar("Stop", bound=BaseException)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -61,6 +63,13 @@ class UserError(ValueError):
 
 class Terminated(KeyboardInterrupt):
     """One of `TERMINATING` arrived: unwinds what is open, as Ctrl-C does."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C."""
+
+    handled = False
+    """Whether a command has taken it as its end."""
 
 
 class Ended(NamedTuple):
@@ -127,8 +136,15 @@ def _outside(error: Exception) -> tuple[int, str] | None:
 
 
 def stopped_code(stop: KeyboardInterrupt) -> int:
-    """Exit code after Ctrl-C or a signal that requests an end."""
+    """Exit code after Ctrl-C or a signal that requests an end, which is handled with that."""
+    handle(stop)
     return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+
+
+def handle(stop: KeyboardInterrupt) -> None:
+    """Notes that a command takes this as its end, and only closes what is open from now on."""
+    if isinstance(stop, Interrupted):
+        stop.handled = True
 
 
 @contextmanager
@@ -136,7 +152,8 @@ def _terminable() -> Iterator[None]:
     """Makes signals that request an end unwind the main thread, as Ctrl-C does; a second one ends the process at once.
 
     A command that handles them differently (a training run saves first) installs its own handlers while it works. If
-    something swallows the exception (imports of optional packages do), the process still ends some time later.
+    something swallows the exception (imports of optional packages do), the process still ends some time later; Ctrl-C,
+    which may take long to unwind while a checkpoint is written, is sent again.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -155,6 +172,20 @@ def _terminable() -> Iterator[None]:
             signal.signal(each, lambda *_: exit_now(TERMINATED))
         raise Terminated(signal.Signals(number).name)
 
+    newest = Interrupted()
+
+    def ask_again(interrupt: Interrupted) -> None:
+        while not unwound.wait(SECONDS_TO_BE_SEEN) and interrupt is newest and not interrupt.handled:
+            if not _in_flight(interrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    def interrupt(*_: object) -> None:
+        nonlocal newest
+        newest = Interrupted()
+        threading.Thread(target=ask_again, args=(newest,), name="again", daemon=True).start()
+        raise newest
+
     def again(dropped: KeyboardInterrupt) -> None:
         if isinstance(dropped, Terminated):
             for each in TERMINATING:
@@ -165,6 +196,8 @@ def _terminable() -> Iterator[None]:
     for number, handler in before.items():
         if handler == signal.SIG_DFL:
             signal.signal(number, stop)
+        elif handler == signal.default_int_handler:
+            signal.signal(number, interrupt)
     try:
         with none_dropped(KeyboardInterrupt, again):
             yield
@@ -172,6 +205,15 @@ def _terminable() -> Iterator[None]:
         unwound.set()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _in_flight(stop: KeyboardInterrupt) -> bool:
+    """Whether the main thread unwinds for this one, or handles it."""
+    current: Any = sys._current_exceptions().get(threading.main_thread().ident or 0)
+    error = current[1] if isinstance(current, tuple) else current  # until Python 3.11
+    while error is not None and error is not stop:
+        error = error.__context__
+    return error is stop
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.paths import folder_of
 from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.tasks import JudgeRoot
-from gemma4_tpu.errors import UserError, exit_code, leave
+from gemma4_tpu.errors import UserError, exit_code, handle, leave
 from gemma4_tpu.evals.checks import JUDGE_CHOICES, problems_path_messages
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,8 @@ def _serve(loaded: Loaded[JudgeRoot, Nothing]) -> int:
         try:
             print(f"{ANNOUNCEMENT}http://{HOST}:{server.server_port}", flush=True)
             died.wait()
-        except KeyboardInterrupt:  # any of the signals that request an end
+        except KeyboardInterrupt as stop:  # any of the signals that request an end
+            handle(stop)
             stopping.set()
             log.info("stopped: %d samples judged", service.health()["judged"])
             return 0

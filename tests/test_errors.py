@@ -7,6 +7,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
@@ -127,6 +128,33 @@ errors.leave(errors.exit_code(work))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (TERMINATED, "\nended without unwinding\n")
+
+
+@pytest.mark.parametrize(
+    ("work", "told"),
+    [
+        # An import of an optional package swallows it: the work goes on, so it is sent again.
+        ("try:\n  strike()\nexcept BaseException: pass\ntime.sleep(60)", "\ninterrupted\n"),
+        # Unwinding takes long, and is left alone.
+        ("try: strike()\nfinally:\n  time.sleep(1.5)\n  print('unwound', file=sys.stderr)", "unwound\n\ninterrupted\n"),
+        ("try: strike()\nexcept KeyboardInterrupt as stop: code = errors.stopped_code(stop)\n"
+         "time.sleep(1.5)\nprint('closed', file=sys.stderr)", "closed\n"),
+    ],
+)  # fmt: skip
+def test_ctrl_c_is_sent_again_only_where_it_was_swallowed(work, told):
+    code = f"""
+import signal, sys, time
+from gemma4_tpu import errors
+errors.SECONDS_TO_BE_SEEN = 0.3
+strike = lambda: signal.raise_signal(signal.SIGINT)
+def work():
+    code = 0
+{indent(work, "    ")}
+    return code
+errors.leave(errors.exit_code(work))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (INTERRUPTED, told)
 
 
 class Key:
