@@ -15,8 +15,10 @@ LOCKED := $(PIP) install --require-hashes --no-deps
 # What tests use of the system: command:package of Debian.
 TOOLS := iverilog:iverilog bwrap:bubblewrap shellcheck:shellcheck chromium/google-chrome:chromium verilator:verilator yosys:yosys \
   zsh:zsh fish:fish munged:munge slurmctld:slurmctld slurmd:slurmd srun:slurm-client
-# A worker for each core, up to four; `ARGS="-n 0 …"` runs the tests in one process.
-PYTEST = -m pytest -n logical --maxprocesses 4 --dist worksteal $(if $(CI),--allowed-skips tests/allowed_skips.txt) \
+# A worker for each core and one more, since tests also wait for clocks, disks and servers; four at most. `ARGS="-n 0 …"`
+# runs the tests in one process.
+WORKERS = $(shell expr 1 + $$(getconf _NPROCESSORS_ONLN))
+PYTEST = -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal $(if $(CI),--allowed-skips tests/allowed_skips.txt) \
   -m "$(MARKED)" $(ARGS)
 
 .PHONY: train test test-slow test-all coverage check docs demo benchmarks vllm lock setup setup-dev clean
