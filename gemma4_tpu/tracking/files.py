@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import math
 import os
@@ -18,14 +19,26 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 def write_text(path: Path, text: str) -> None:
     """Writes through a temporary neighbour and a rename: a reader, or a restart after `kill -9`, never sees half.
 
-    Secrets are blanked (`gemma4_tpu.redact`).
+    Removes the neighbours of writers that were killed. Secrets are blanked (`gemma4_tpu.redact`).
     """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        _remove_if_left(left)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(redact(text))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _remove_if_left(temporary: Path) -> None:
+    pid = temporary.name.split(".")[-2]
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        temporary.unlink(missing_ok=True)
+    except (ValueError, PermissionError):  # not a file of ours, or a process of another user
+        return
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -132,3 +132,15 @@ def test_json_is_strict_whole_and_reads_back(tmp_path):
         write_json(tmp_path / "x.json", {"a": object()})
     assert read_json(tmp_path / "x.json") == value
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, under_way, other = (
+        tmp_path / name for name in (f".a.json.{ended.pid}.tmp", ".a.json.1.tmp", f".b.json.{ended.pid}.tmp")
+    )
+    for file in (left, under_way, other):
+        file.touch()
+    write_json(tmp_path / "a.json", {})
+    assert not left.exists() and under_way.exists() and other.exists()
