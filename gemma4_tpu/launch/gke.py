@@ -23,7 +23,7 @@ from gemma4_tpu.config.machines import HardwareConfig
 from gemma4_tpu.errors import STALLED, UserError, exit_code, leave
 from gemma4_tpu.hardware import slice_of
 from gemma4_tpu.launch.checks import examine_gke, normalise_launch
-from gemma4_tpu.launch.doors import LaunchEntry, look_at_checkpoint, shorthands
+from gemma4_tpu.launch.entries import LaunchEntry, look_at_checkpoint, shorthands
 from gemma4_tpu.launch.record import PREFIX, name_and_folder, train_words
 from gemma4_tpu.launch.schema import GkeConfig, GkeRoot
 from gemma4_tpu.prices import price_of

@@ -21,7 +21,7 @@ from gemma4_tpu.errors import UserError, exit_code, leave
 from gemma4_tpu.launch import gcloud, owned, parcel
 from gemma4_tpu.launch.after import stages
 from gemma4_tpu.launch.checks import PROJECT, ZONE, examine_tpu_vm, normalise_launch
-from gemma4_tpu.launch.doors import LaunchEntry, look_at_checkpoint, shorthands
+from gemma4_tpu.launch.entries import LaunchEntry, look_at_checkpoint, shorthands
 from gemma4_tpu.launch.gcloud import GcloudError
 from gemma4_tpu.launch.record import MODEL_IN_MEMORY, Launch, cost, name_and_folder, saved, train_words
 from gemma4_tpu.launch.render import render

@@ -54,7 +54,7 @@ def test_every_slice_has_an_option():
     assert names == {"local", *SLICES}
 
 
-def test_options_of_the_issue_are_there():
+def test_the_promised_options_are_there():
     sizes = {
         "v5e": (1, 4, 8, 16, 32, 64, 128, 256), "v6e": (1, 4, 8, 16, 32, 64, 128, 256),
         "v5p": (8, 16, 32, 64, 128, 256, 512, 1024), "tpu7x_": (8, 16, 32, 64, 128),
