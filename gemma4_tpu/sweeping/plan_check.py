@@ -29,7 +29,7 @@ from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.config.tasks import PlanConfig, PlanRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import slice_of
-from gemma4_tpu.tracking.files import from_jsonable, jsonable, write_json, write_text
+from gemma4_tpu.tracking.files import plain, write_json, write_text
 from gemma4_tpu.tracking.records import read_checked
 from gemma4_tpu.tracking.typed import FLAG, TEXT, maybe
 from gemma4_tpu.tracking.typed import fields as fields_of
@@ -128,8 +128,8 @@ def _key(config: TrainRoot) -> str:
 
 def _compile(config: TrainRoot, answer: Path, stopped: Callable[[], bool]) -> None:
     request = answer.with_suffix(".yaml")
-    plain = from_jsonable(jsonable(asdict(config)))  # without secrets, which a compilation does not need
-    write_text(request, yaml.safe_dump(plain, sort_keys=False))
+    # Without secrets, which a compilation does not need.
+    write_text(request, yaml.safe_dump(plain(asdict(config)), sort_keys=False))
     command = [sys.executable, "-m", "gemma4_tpu.sweeping.plan_check", str(request), str(answer)]
     with answer.with_suffix(".log").open("w", encoding="utf-8") as output:
         process = subprocess.Popen(

@@ -64,27 +64,36 @@ def jsonable(value: Any) -> Any:
     Raises:
       TypeError: a value of any other type; guessing (by `str`) would hide a mistake.
     """
-    return _plain(value, redactor())
+    return _plain(value, redactor(), _strict)
 
 
-def _plain(value: Any, blank: Callable[[str], str]) -> Any:
+def plain(value: Any) -> Any:
+    """As `jsonable`, with floats as they are: for trackers, which know NaN, and to which a text `NaN` is a text."""
+    return _plain(value, redactor(), float)
+
+
+def _strict(number: float) -> float | str:
+    return number if math.isfinite(number) else json.dumps(number)
+
+
+def _plain(value: Any, blank: Callable[[str], str], number: Callable[[float], float | str]) -> Any:
     match value:
         case str():
             return blank(value)
         case None | bool() | int():
             return value
         case float():
-            return value if math.isfinite(value) else json.dumps(value)
+            return number(value)
         case dict():
-            return {blank(str(key)): _plain(item, blank) for key, item in value.items()}
+            return {blank(str(key)): _plain(item, blank, number) for key, item in value.items()}
         case list() | tuple():
-            return [_plain(item, blank) for item in value]
+            return [_plain(item, blank, number) for item in value]
         case Path():
             return blank(str(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value), blank)
+        return _plain(dataclasses.asdict(value), blank, number)
     if hasattr(value, "tolist"):  # NumPy and JAX scalars and arrays
-        return _plain(value.tolist(), blank)
+        return _plain(value.tolist(), blank, number)
     raise TypeError(f"cannot write {type(value).__name__} as JSON: {value!r}")
 
 

@@ -19,7 +19,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.markdown import table
 from gemma4_tpu.redact import redact
 from gemma4_tpu.tracking.differences import is_among
-from gemma4_tpu.tracking.files import from_jsonable, jsonable
+from gemma4_tpu.tracking.files import jsonable, plain
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.tracking.tracker import PACKAGES, Tracker
 
@@ -119,16 +119,16 @@ class _Guarded(Tracker):
         self._dropped: tuple[str, ...] = ()
 
     def log(self, metrics, update):
-        self._call("log", from_jsonable(jsonable(metrics)), update)
+        self._call("log", plain(metrics), update)
 
     def table(self, name, columns, rows, update):
-        self._call("table", name, columns, from_jsonable(jsonable(rows)), update)
+        self._call("table", name, columns, plain(rows), update)
 
     def artifact(self, kind, place, aliases, metadata):
         self._call("artifact", kind, redact(place), aliases, jsonable(metadata))
 
     def summary(self, values):
-        self._call("summary", from_jsonable(jsonable(values)))
+        self._call("summary", plain(values))
 
     def close(self, status="finished"):
         self._call("close", status)

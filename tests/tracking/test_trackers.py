@@ -161,7 +161,7 @@ def test_tensorboard_files_hold_the_metrics(run):
     tracker = make_tracker(TrackerConfig(kind="tensorboard"), run, {}, name="t")
     for update in (1, 2):
         tracker.log({"loss": 1 / update, "grad_norm": float("nan"), "note": "text"}, update)
-    tracker.table("samples", ["prompt", "answer"], [["a|b", "c\nd"]], 2)
+    tracker.table("samples", ["prompt", "answer"], [["a|b", "c\nd"], ["0/0?", "NaN"]], 2)
     tracker.artifact("checkpoint", "gs://b/2", ["update-2", "best"], {"update": 2})
     tracker.close()
     (file,) = run.path.glob("tensorboard/events*")
@@ -179,7 +179,7 @@ def test_tensorboard_files_hold_the_metrics(run):
     assert values["loss", 2] == 0.5
     assert {tag for tag, _ in values} == {"loss", "grad_norm"}
     assert [re.sub(rb"-{3,}", b"---", text) for text in texts] == [
-        b"| prompt | answer |\n|---|---|\n| a\\|b | c<br>d |",
+        b"| prompt | answer |\n|---|---|\n| a\\|b | c<br>d |\n| 0/0? | NaN |",
         b"| kind | place | aliases |\n|---|---|---|\n| checkpoint | gs://b/2 | update-2, best |",
     ]
 
