@@ -95,7 +95,8 @@ def test_a_training_run_that_slurm_tells_to_save_is_requeued_and_comes_out_bit_i
         return [line for path in sweep.folder.glob("*/metrics.jsonl") for line in path.open()]
 
     def tell():
-        (run,) = [one for one in psutil.process_iter(["cmdline"]) if (one.info["cmdline"] or [])[1:2] == [SHALLOW]]
+        commands = ((one, one.info["cmdline"] or []) for one in psutil.process_iter(["cmdline"]))
+        (run,) = [one for one, words in commands if words[1:2] == [SHALLOW] and str(sweep.folder) in words[-1]]
         reached.extend(child.cmdline() for child in run.children())
         said_by("scancel", "--signal=USR2", said_by("squeue", "--noheader", "--format=%A").strip())
 
