@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import psutil
 import uvicorn
+from transformers.utils.logging import disable_progress_bar
 
 from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.errors import UserError
@@ -86,6 +87,8 @@ class LocalServer:
         Raises:
           UserError: it does not start, or does not serve the trained model. Errors of the engine are passed on.
         """
+        if not sys.stderr.isatty():
+            disable_progress_bar()
         return until_stopped(self.outcome, self._serve, "the server is stopped")
 
     @contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import sys
 import threading
 import time
 from collections import deque
@@ -21,7 +20,6 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.utils.logging import disable_progress_bar
 
 from gemma4_tpu.data.tokenizer import load_limited
 from gemma4_tpu.serving.local_batch import DecodingBatch
@@ -136,8 +134,6 @@ class LocalEngine:
     def _load(self) -> None:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # on a busy machine, two threads wait for each other
-        if not sys.stderr.isatty():
-            disable_progress_bar()
         tokenizer = load_limited(str(self._folder), str(self._folder))
         model = AutoModelForCausalLM.from_pretrained(
             self._folder, dtype=self._dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
