@@ -1,6 +1,6 @@
 """Lists the sections of README and docs/ whose claims nothing holds: neither a test, a table nor a source.
 
-    python docs/unproven.py
+    python -m docs.unproven
 
 `claims.toml` names what holds each section: tests (a file of `tests/`, or one test in it), records and tables of this
 repository, addresses that the section cites; or, after `no claim: `, why there is nothing to hold. A test fails where a
@@ -12,16 +12,9 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-GENERATED = {"configuration"}
-"""Written by a script; a test compares it with the schema."""
-PAGES = [
-    ROOT / "README.md",
-    *sorted(path for path in (ROOT / "docs").glob("*.md") if path.stem not in GENERATED),
-    *sorted((ROOT / "docs/concepts").glob("*.md")),
-]
+from docs.unsourced_figures import PAGES, ROOT
+
 CLAIMS = ROOT / "docs/claims.toml"
 NONE = "no claim: "
 _CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
