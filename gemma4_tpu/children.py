@@ -79,8 +79,8 @@ def run_logged(
 ) -> int:
     """Runs a program to its end, appends its output to a file without secrets, and returns its exit code.
 
-    It has its own session. Nothing of that is left when this returns or raises; if this process is killed, the program
-    gets SIGTERM.
+    It has its own session. What is left of that gets SIGKILL when this returns or raises; if this process is killed,
+    the program gets SIGTERM.
 
     Args:
       words: the command.

@@ -6,11 +6,11 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from gemma4_tpu.children import run_logged
+from tests.processes import ends, is_alive, wait_for
 from tests.training.test_security import SECRETS
 
 ENDLESS = '#!/bin/sh\necho $$ > "$PID_FILE"\nexec sleep 600\n'
@@ -32,21 +32,6 @@ from gemma4_tpu.serving import engine
 """
 
 
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_for(reached):
-    until = time.monotonic() + 60
-    while not (found := reached()):
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    return found
-
-
 def python(tmp_path, code):
     return run_logged([sys.executable, "-u", "-c", code], tmp_path / "log")
 
@@ -63,7 +48,7 @@ def test_a_child_ends_with_a_parent_that_is_killed(call, tmp_path):
     assert is_alive(child) and parent.poll() is None
     parent.kill()
     parent.wait()
-    wait_for(lambda: not is_alive(child))
+    assert ends(child)
 
 
 def test_lines_are_in_the_file_at_once_and_without_secrets(tmp_path, monkeypatch):
@@ -92,7 +77,7 @@ def test_what_a_child_has_left_is_killed(tmp_path):
     started = time.monotonic()
     assert python(tmp_path, left) == 0
     assert time.monotonic() - started < 5  # its output does not end by itself
-    assert not is_alive(int((tmp_path / "log").read_text()))
+    assert ends(int((tmp_path / "log").read_text()))
 
 
 @pytest.mark.parametrize("deaf", [False, True])

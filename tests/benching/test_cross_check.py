@@ -17,6 +17,7 @@ from gemma4_tpu.serving.checks import examine_serve
 from gemma4_tpu.serving.command import container_name, run_words
 from gemma4_tpu.serving.engine import ContainerEngine
 from tests.benching.conftest import cell
+from tests.processes import ends
 from tests.training.test_security import PLANTED, leaks
 
 FEW = ["bench=vllm", "bench.requests=6", "bench.warmup_requests=0"]
@@ -131,19 +132,8 @@ def test_one_that_is_interrupted_leaves_no_client_behind(record, bench, docker):
     code, folder, _, err = bench(None, f"served={record}", *CELLS)
     watcher.join()
     assert code == 130 and f"run_dir={folder}" in err
-    until = time.monotonic() + 10
-    while is_alive(pids[0]):
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    assert ends(pids[0])
     assert not list(docker.containers[0].glob("tmp-*"))
-
-
-def is_alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_without_a_container(bench, docker, tmp_path):

@@ -24,6 +24,7 @@ from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
 from gemma4_tpu.evals.verilog.verdict import reference_as_answer
 from tests.evals.verilog.designs import fenced, honest, needs_iverilog
 from tests.house.scripts import ROOT
+from tests.processes import ends
 
 pytestmark = needs_iverilog
 PROBLEMS = VerilogSmoke().load()[:4]
@@ -145,10 +146,6 @@ sys.stdin.read()
 """
 
 
-def ended(pids: list[int]) -> bool:
-    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids)
-
-
 @pytest.mark.parametrize("number", [None, signal.SIGTERM, signal.SIGKILL])
 def test_it_needs_no_guard_and_leaves_nothing_however_its_caller_ends(number, words, tmp_path):
     script = tmp_path / "train.py"
@@ -163,10 +160,7 @@ def test_it_needs_no_guard_and_leaves_nothing_however_its_caller_ends(number, wo
     caller.stdin.close() if number is None else caller.send_signal(number)
     caller.wait(20)
     caller.stdout.close()
-    deadline = time.monotonic() + 20
-    while not ended(pids) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert ended(pids)
+    assert all(ends(pid, seconds=20) for pid in pids)
 
 
 def test_a_judge_that_is_killed_is_one_message(words):

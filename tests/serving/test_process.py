@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import ends, wait_for
 from tests.serving import fake_docker_path
 from tests.serving.test_server import PROBE, SLOW, result
 
@@ -20,13 +21,6 @@ def vllm(docker):
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {fake_docker_path()} _process "$@"\n')
     program.chmod(0o755)
     return ["serving.runner=process", "serving=v6e8"]
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_a_process_is_probed_served_and_gone(serve, stop_when_ready, merged, docker, vllm, monkeypatch):
@@ -48,7 +42,7 @@ def test_a_process_is_probed_served_and_gone(serve, stop_when_ready, merged, doc
     assert given["command"][:2] == ["serve", str(model)]
     assert given["environment"]["VLLM_API_KEY"] and "PYTHONPATH" not in given["environment"]
     assert Path(given["environment"]["VLLM_XLA_CACHE_PATH"]).is_dir()
-    assert not is_alive(given["child"])
+    assert ends(given["child"])
     assert "Precompile backbone" in (serve.record / "server.log").read_text()
     assert docker.calls == []
 
@@ -57,7 +51,7 @@ def test_one_that_answers_like_the_base_is_stopped(serve, merged, docker, vllm, 
     docker.play(answer={"5": 22, "8": 23})
     assert serve(merged(probe=PROBE), *vllm) == 2
     assert "like the base model" in capsys.readouterr().err
-    assert not is_alive(docker.last["child"])
+    assert ends(docker.last["child"])
 
 
 def test_a_crash_ends_what_vllm_has_started(serve, merged, docker, vllm, capsys):
@@ -66,7 +60,7 @@ def test_a_crash_ends_what_vllm_has_started(serve, merged, docker, vllm, capsys)
     assert serve(merged(), *vllm) == 2
     told = capsys.readouterr().err
     assert "exit code 3" in told and "line 39" in told
-    assert not is_alive(docker.last["child"])
+    assert ends(docker.last["child"])
 
 
 def test_a_second_signal_kills_one_that_does_not_end(serve, stop_when_ready, merged, docker, vllm):
@@ -76,21 +70,16 @@ def test_a_second_signal_kills_one_that_does_not_end(serve, stop_when_ready, mer
     started = time.monotonic()
     assert serve(merged(), *vllm) == 0
     assert time.monotonic() - started < 10  # far less than the 30 s that it had
-    assert not is_alive(docker.last["child"])
+    assert ends(docker.last["child"])
 
 
 def test_a_launcher_that_is_killed_leaves_no_server(process, merged, docker, vllm, tmp_path):
     docker.play(hang=True)
     running = process(merged(), *vllm)
-    until = time.monotonic() + 20
-    while not (docker.folder / "last.json").exists():
-        assert time.monotonic() < until and running.poll() is None
-        time.sleep(0.02)
+    wait_for((docker.folder / "last.json").exists)
     parent = int(Path(f"/proc/{docker.last['child']}/stat").read_text().rsplit(")", 1)[1].split()[1])
     os.kill(running.pid, signal.SIGKILL)
-    while is_alive(parent):
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    assert ends(parent)
     os.kill(docker.last["child"], signal.SIGKILL)  # vLLM ends its own; this one was deaf
 
 
