@@ -11,7 +11,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _READERS = min(4, os.cpu_count() or 1)
 _TILE = 256  # rows and columns per tile of a transposing copy: about what a core's cache holds
+_ALIGNMENT = 64  # bytes
 _CHUNK = 1 << 20  # values checked at a time
 
 Box = tuple[tuple[int, int], ...]
@@ -131,7 +132,7 @@ def _array(
     """One array: host buffers for the distinct shards of this process, filled tensor by tensor, then transferred."""
     shape = leaf.array_shape
     indices = sharding.addressable_devices_indices_map(shape).values()
-    shards = {box: np.empty([stop - start for start, stop in box], dtype) for box in {_box(i, shape) for i in indices}}
+    shards = {box: _buffer([stop - start for start, stop in box], dtype) for box in {_box(i, shape) for i in indices}}
     stack = 1 if leaf.stacked else 0
     if stack and any(box[0] != (0, shape[0]) for box in shards):
         raise ValueError(f"{leaf.path}: the stacked dim cannot be sharded: {sharding.spec}")
@@ -154,6 +155,13 @@ def _array(
     list(readers.map(fill, range(len(leaf.tunix_names))))
     array = jax.make_array_from_callback(shape, sharding, lambda index: shards[_box(index, shape)], dtype=dtype)
     return jax.block_until_ready(array)  # so that these buffers are freed before the next ones are filled
+
+
+def _buffer(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """New memory that a CPU device takes as its own array where it lies, which JAX does from this alignment on."""
+    memory = np.empty(math.prod(shape) * dtype.itemsize + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
 def _slices(box: Box) -> tuple[slice, ...]:

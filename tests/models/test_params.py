@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from gemma4_tpu.architectures import ARCHITECTURES, from_hf_config, to_hf_config
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.models import sharding
+from gemma4_tpu.models import params, sharding
 from gemma4_tpu.models.layout import Layout, get
 from gemma4_tpu.models.match import match
 from gemma4_tpu.models.names import name_map
@@ -180,6 +180,23 @@ def test_the_log_says_what_was_loaded(caplog):
     assert len(others) > 16  # a vision and an audio tower
     assert "loaded 305 tensors" in caplog.text
     assert f"skipped {len(others)} of other modalities" in caplog.text
+
+
+def test_cpu_devices_hold_what_was_read_without_copying_it(monkeypatch):
+    buffers = []
+
+    def buffer(shape, dtype):
+        buffers.append(new_buffer(shape, dtype))
+        return buffers[-1]
+
+    new_buffer = params._buffer
+    monkeypatch.setattr(params, "_buffer", buffer)
+    arch = dataclasses.replace(ARCHITECTURES["tiny"], vocab_size=16_384)  # JAX copies arrays of under 100 kB
+    layout = Layout.of(arch)
+    places = sharding.places(layout, mesh_of(1, 1))
+    loaded = random_params(arch, layout, places, jnp.bfloat16, 0)
+    embedding = loaded["embedder"]["input_embedding"]
+    assert embedding.unsafe_buffer_pointer() in {buffer.ctypes.data for buffer in buffers}
 
 
 def test_each_array_can_be_replaced_before_the_next_is_read():
