@@ -72,3 +72,11 @@ def test_every_page_s_command_is_shown_on_it_and_takes_its_words():
         assert f"\n    {block.command}\n" in block.page.read_text(encoding="utf-8")
     listed = subprocess.run([sys.executable, "-m", "benchmarks", "--list"], cwd=ROOT, capture_output=True, text=True)
     assert listed.returncode == 0 and len(listed.stdout.splitlines()) >= 9
+
+
+@pytest.mark.parametrize("command", ["python -m benchmarks.targets", "python -m benchmarks.slices --render"])
+def test_a_table_of_committed_plans_is_as_its_command_prints_it(command):
+    (block,) = (block for block in pages.blocks() if block.command == command)
+    program = [sys.executable, *command.split()[1:]]
+    told = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert told.strip() in block.page.read_text(), f"make it again: python -m benchmarks {block.page.stem}"
