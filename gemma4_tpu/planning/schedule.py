@@ -34,7 +34,7 @@ _EQUATION = re.compile(r"[a-z]+(?:,[a-z]+)+->[a-z]+")
 _ATTENDING = ("attend_", "splash")
 _OF_EXPERTS = "experts_lora"
 _ROOT = "jit(train)/"
-_OPTIMIZER_FILES = ("/optax/", "step/optimizer.py")
+_OPTIMIZER_FILES = ("optax/", "step/optimizer.py")  # plans strip what is before `optax/` (`topology.ENVIRONMENT`)
 _BEGIN, _END = 'custom_call_target="AsyncCollectiveStart"', 'custom_call_target="AsyncCollectiveDone"'
 
 

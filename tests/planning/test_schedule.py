@@ -33,8 +33,9 @@ def test_each_kind_of_operation_is_read():
     assert not {"given", "zero", "a.1", "b.1"} & set(ops)  # take no time
 
 
-def test_parts_by_what_is_computed_and_where():
-    ops = {op.name: op for op in read(TEXT)}
+@pytest.mark.parametrize("packages", ["/home/someone/site-packages/", ""], ids=["whole paths", "as plans strip them"])
+def test_parts_by_what_is_computed_and_where(packages):
+    ops = {op.name: op for op in read(TEXT.replace("/home/someone/site-packages/", packages))}
     body = {op.name: op for op in ops["loop"].body}
     assert body["fusion.2"].part == schedule.BASE
     assert body["fusion.1"].part == schedule.LORA
