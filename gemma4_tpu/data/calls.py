@@ -20,14 +20,27 @@ _DEEPEST = 64  # levels of nesting in the arguments of a call
 
 
 def parsed(value: Any, what: str, tell: Tell) -> Any:
-    """Parses a value that may be JSON text, possibly encoded twice; any other text is returned unchanged."""
+    """Parses a value that may be JSON text, possibly encoded twice; any other text is returned unchanged.
+
+    Raises:
+      RowDropped: an object in it has the same key twice.
+    """
     while isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = json.loads(value, object_pairs_hook=_without_twice)
         except (ValueError, RecursionError):
             break
         tell(f"{what} given as a JSON string")
     return value
+
+
+def _without_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's keys and values; Python itself would silently keep the last value of a key."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise RowDropped("invalid_json", f"the key {twice[:40]!r} appears twice in one object")
+    return made
 
 
 def with_identities(turns: list[Turn], tell: Tell) -> list[Turn]:

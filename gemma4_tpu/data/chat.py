@@ -124,6 +124,7 @@ class ChatFormat:
                 "the chat template writes no BOS token: examples begin with one, but servers that send the template's "
                 "text unchanged (vLLM's chat endpoint) do not; put {{ bos_token }} at the start of the template"
             )
+        self._tell_what_servers_may_send()
         header = self.encode([markup.MODEL_HEADER])[0][1:]
         words = {role: self._find_words(role) for role in ("system", "user")}
         self._shows_pictures = {markup.IMAGE, markup.IMAGE_START, markup.IMAGE_END} <= vocabulary.keys()
@@ -215,11 +216,12 @@ class ChatFormat:
         if body == shown:
             raise RowDropped("bad_rendering", f"message {number} (assistant): {_difference(history + header, shown)}")
         closed = channel.rstrip().endswith(markup.CHANNEL_END)
+        body = body.removeprefix(channel) if closed else body
         # A template can render earlier turns with an empty thought, whatever its prompt ends in; nobody wrote that
         # thought.
-        body = body.strip()
-        if empty := _EMPTY_CHANNEL.match(body):
-            body = body[empty.end() :]
+        if empty := _EMPTY_CHANNEL.match(body.lstrip()):
+            body = _own_space(empty[0], messages[number]) + body.lstrip()[empty.end() :]
+        body = body.rstrip()  # what follows the token that ends the turn
         thought = messages[number].get("reasoning")
         if thought and closed:
             raise RowDropped(
@@ -244,7 +246,7 @@ class ChatFormat:
         prepared: list[Message] = []
         for number, message in enumerate(messages):
             turn = {key: value for key, value in message.items() if key != "train"}
-            if turn["role"] == "system" and isinstance(turn.get("content"), str):
+            if turn["role"] == "system" and str(turn.get("content")).startswith(markup.THINK):
                 # The policy decides whether thinking is on.
                 turn["content"] = turn["content"].removeprefix(markup.THINK).lstrip()
             if any(self._control.search(text) for text in markup.strings(turn)):
@@ -282,6 +284,27 @@ class ChatFormat:
                 f"{markup.MODEL_HEADER!r}, followed by nothing or by a thought channel"
             )
 
+    def _tell_what_servers_may_send(self) -> None:
+        """Warns if a server renders other prompts than these examples have, for reasons that the template shows."""
+        question = [{"role": "user", "content": "x"}]
+        if not self._keep_thoughts and self._renders(question) != self._renders(question, enable_thinking=False):
+            logger.warning(
+                "the chat template's prompt differs without enable_thinking=false, with which this run trains: send "
+                '"chat_template_kwargs": {"enable_thinking": false} with every request, or make it the default'
+            )
+        if "strftime_now" in str(self._tokenizer.chat_template):
+            logger.warning(
+                "the chat template writes the time (strftime_now): servers send another prompt on another day, and a "
+                "run that is resumed then is refused; write a fixed date into the template"
+            )
+
+    def _renders(self, messages: list[Message], **options: Any) -> str:
+        """What the template makes of these options alone; its refusal, if it refuses them."""
+        try:
+            return apply_template(self._tokenizer, messages, add_generation_prompt=True, tools=None, **options)
+        except RowDropped as problem:
+            return str(problem)
+
     def _find_words(self, role: str) -> tuple[str, str]:
         """The text that the template itself adds (before, after) a message of this role within its turn."""
         probe = "0probe0"
@@ -298,7 +321,7 @@ class ChatFormat:
         if pictures := pictures_of(messages):
             text = self._with_pictures(text, pictures)
         bos = self._tokenizer.bos_token
-        self._bos_added = not text.startswith(bos)
+        self._bos_added = bos not in text
         return bos + text if self._bos_added else text
 
     def _with_pictures(self, text: str, pictures: list[Picture]) -> str:
@@ -330,6 +353,15 @@ def _split_prompt(prompt: str) -> tuple[str, str, str]:
         prompt, channel = prompt[:at], prompt[at:]
     header = markup.MODEL_HEADER if prompt.endswith(markup.MODEL_HEADER) else ""
     return prompt.removesuffix(header), header, channel
+
+
+def _own_space(before: str, message: Message) -> str:
+    """The white space that an answer itself begins with, if it is shown at the end of the text `before` its first letter;
+    the rest is the template's.
+    """
+    said = message.get("content") or ""
+    own = said[: len(said) - len(said.lstrip())]
+    return own if before.endswith(own) else ""
 
 
 def _difference(prompt: str, shown: str) -> str:
