@@ -26,6 +26,7 @@ from gemma4_tpu.data.drops import RowDropped, unreadable
 from gemma4_tpu.data.forms import Conversation
 from gemma4_tpu.data.pictures import Picture, pictures_of
 from gemma4_tpu.data.proof import Prover, Span
+from gemma4_tpu.data.served import differences_of_servers
 from gemma4_tpu.data.tokenizer import apply_template, encode
 from gemma4_tpu.errors import UserError
 
@@ -124,7 +125,8 @@ class ChatFormat:
                 "the chat template writes no BOS token: examples begin with one, but servers that send the template's "
                 "text unchanged (vLLM's chat endpoint) do not; put {{ bos_token }} at the start of the template"
             )
-        self._tell_what_servers_may_send()
+        for difference in differences_of_servers(tokenizer, self._keep_thoughts):
+            logger.warning("%s", difference)
         header = self.encode([markup.MODEL_HEADER])[0][1:]
         words = {role: self._find_words(role) for role in ("system", "user")}
         self._shows_pictures = {markup.IMAGE, markup.IMAGE_START, markup.IMAGE_END} <= vocabulary.keys()
@@ -284,27 +286,6 @@ class ChatFormat:
                 f"{markup.MODEL_HEADER!r}, followed by nothing or by a thought channel"
             )
 
-    def _tell_what_servers_may_send(self) -> None:
-        """Warns if a server renders other prompts than these examples have, for reasons that the template shows."""
-        question = [{"role": "user", "content": "x"}]
-        if not self._keep_thoughts and self._renders(question) != self._renders(question, enable_thinking=False):
-            logger.warning(
-                "the chat template's prompt differs without enable_thinking=false, with which this run trains: send "
-                '"chat_template_kwargs": {"enable_thinking": false} with every request, or make it the default'
-            )
-        if "strftime_now" in str(self._tokenizer.chat_template):
-            logger.warning(
-                "the chat template writes the time (strftime_now): servers send another prompt on another day, and a "
-                "run that is resumed then is refused; write a fixed date into the template"
-            )
-
-    def _renders(self, messages: list[Message], **options: Any) -> str:
-        """What the template makes of these options alone; its refusal, if it refuses them."""
-        try:
-            return apply_template(self._tokenizer, messages, add_generation_prompt=True, tools=None, **options)
-        except RowDropped as problem:
-            return str(problem)
-
     def _find_words(self, role: str) -> tuple[str, str]:
         """The text that the template itself adds (before, after) a message of this role within its turn."""
         probe = "0probe0"
@@ -356,8 +337,8 @@ def _split_prompt(prompt: str) -> tuple[str, str, str]:
 
 
 def _own_space(before: str, message: Message) -> str:
-    """The white space that an answer itself begins with, if it is shown at the end of the text `before` its first letter;
-    the rest is the template's.
+    """The white space that an answer itself begins with, if the text `before` it ends in that; the rest is the
+    template's.
     """
     said = message.get("content") or ""
     own = said[: len(said) - len(said.lstrip())]

@@ -31,14 +31,14 @@ from gemma4_tpu.data.pictures import PictureReader, picture_parts
 from gemma4_tpu.data.readers import RawRow
 from gemma4_tpu.errors import UserError
 
-VERSION = 2
+VERSION = 3
 """Version of this conversion; part of the examples' fingerprint."""
 NOTES_KEPT = 100  # distinct notes; rows that each have keys of their own would add notes without end
 IDENTITY = re.compile(r"(?:^|_)(?:id|uuid|hash|index|idx)$", re.IGNORECASE)
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 """Columns that a row's text refers to; without them the text is not what somebody said."""
 VERDICTS = ("label", "kto_tag", "weight", "train")
-"""Columns in which a row says whether its answer may be learnt (TRL's and LLaMA-Factory's unpaired preferences, too)."""
+"""Columns in which a row says whether its answer may be learned (TRL's and LLaMA-Factory's unpaired preferences)."""
 CHOICES = ("context", "choices", "options")
 """Columns that can belong to a question; their presence makes a plain question column ambiguous."""
 COLUMNS = (*NAMES, CHOSEN, REJECTED, *TURN_COLUMNS, *COLUMNS_OF_PICTURES)
@@ -132,7 +132,7 @@ class Normaliser:
         if form is None:
             raise RowDropped("unknown_form", f"keys: {', '.join(map(str, row.value))}"[:120])
         notes: dict[str, None] = {}
-        value = {self._own.get(key, key): item for key, item in row.value.items()}
+        value = self._renamed(row.value, notes)
         if absent := [key for key, item in value.items() if _is_nan(item)]:
             notes.setdefault("NaN in place of absent columns removed")  # pandas writes NaN for missing values
             value = {key: item for key, item in value.items() if key not in absent}
@@ -157,6 +157,13 @@ class Normaliser:
             notes.setdefault(f"column {key[:40]!r} not used")
         self._done.add(form, notes)
         return made
+
+    def _renamed(self, row: Mapping[str, Any], notes: dict[str, None]) -> dict[str, Any]:
+        """A row's columns under our names; what `data.columns` names takes the place of a column that has our name."""
+        named = {self._own[key]: item for key, item in row.items() if key in self._own and item is not None}
+        for key in row.keys() & named.keys() - self._own.keys():
+            notes.setdefault(f"column {key[:40]!r} not used: data.columns names another")
+        return {**{key: item for key, item in row.items() if key not in self._own and key not in named}, **named}
 
     @property
     def _left_out(self) -> str:

@@ -45,7 +45,7 @@ def load_tokenizer(folder: str, new_tokens: Sequence[str] = ()) -> Any:
     """The tokenizer in `folder` (local, gs://… or `embedded:NAME`), with its chat template and `model.new_tokens`.
 
     Raises:
-      UserError: there is no tokenizer or chat template, no room for the new tokens, or texts do not keep their spelling.
+      UserError: there is no tokenizer or chat template, no room for the new tokens, or it changes texts.
     """
     path = assets.resolve(folder)
     with scratch_folder() as scratch:
@@ -76,7 +76,9 @@ def _check_spelling(tokenizer: Any, folder: str) -> None:
         [ids] = encode(tokenizer, [text])
         spelt = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if spelt != text and tokenizer.unk_token_id not in ids:
-            raise UserError(f"{folder}: the tokenizer reads {text!r} as {spelt!r}, so no row would keep its text; {_REMEDY}")
+            raise UserError(
+                f"{folder}: the tokenizer reads {text!r} as {spelt!r}, so no row would keep its text; {_REMEDY}"
+            )
 
 
 def load_limited(path: str, folder: str) -> Any:

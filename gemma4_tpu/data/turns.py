@@ -272,7 +272,7 @@ def _thought(value: Any, key: str, position: int) -> str:
 
 
 def _joined(parts: list[Any], position: int, tell: Tell) -> tuple[str, list[str]]:
-    """(text, thoughts) of an answer's parts. Texts are joined as they are, which is what a server returns as one text."""
+    """(text, thoughts) of an answer's parts. Texts are joined unchanged, as a server returns them in one text."""
     texts, thoughts = [], []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -287,7 +287,7 @@ def _joined(parts: list[Any], position: int, tell: Tell) -> tuple[str, list[str]
 
 
 def _in_an_answer(content: str, at: int) -> bool:
-    """Whether a closing tag at `at` belongs to an answer's own text: an opening tag or an open code fence precedes it."""
+    """Whether a closing tag at `at` is an answer's own text: it follows an opening tag, or is inside a code fence."""
     return OPENED.search(content, 0, at) is not None or content.count("```", 0, at) % 2 == 1
 
 

@@ -97,6 +97,10 @@ def test_columns_of_ones_own():
     row = {"task": "add 1 2", "reply": "3", "id": 5}
     made, form, notes = read(row, columns={"prompt": "task", "completion": "reply"})
     assert (made.messages, form, notes) == ([ASK, ANSWER], "prompt_completion", {"column 'id' not used": 1})
+    for other in ({"prompt": "an id", **row}, {**row, "prompt": "an id"}):  # whatever the order of the columns
+        made, _, notes = read(other, columns={"prompt": "task", "completion": "reply"})
+        assert made.messages == [ASK, ANSWER]
+        assert "column 'prompt' not used: data.columns names another" in notes
     turns = [{"speaker": "human", "said": "add 1 2"}, {"speaker": "bot", "said": "3"}]
     assert read({"talk": turns}, columns={"messages": "talk", "role": "speaker", "content": "said"})[0].messages == [
         ASK,
@@ -166,7 +170,12 @@ def test_thoughts_of_every_spelling_stand_under_one_key(keys):
 def test_the_indent_of_an_answer_is_its_own():
     """Code that begins indented completes its question only with its indent."""
     code = "    return 1\n    # done"
-    for before in ("<think>why</think>\n\n", "<think>\nwhy\n</think>\n", "why\n</think> \n", "<|channel>why<channel|>\n"):
+    for before in (
+        "<think>why</think>\n\n",
+        "<think>\nwhy\n</think>\n",
+        "why\n</think> \n",
+        "<|channel>why<channel|>\n",
+    ):
         assert answer(content=before + code)["content"] == code
     assert answer(content="<think>why</think> 4")["content"] == "4"
     assert answer(content=code)["content"] == code
@@ -243,8 +252,14 @@ def test_nulls_of_tables_go_at_every_depth_and_those_of_json_stay():
 @pytest.mark.parametrize(
     ("keys", "train"),
     [
-        ({"weight": 0}, False), ({"weight": 1.0}, True), ({"train": False}, False), ({"weight": 1, "train": True}, True),
-        ({"training": False}, False), ({"trainable": False}, False), ({"loss": False}, False), ({"loss_mask": 1}, True),
+        ({"weight": 0}, False),
+        ({"weight": 1.0}, True),
+        ({"train": False}, False),
+        ({"weight": 1, "train": True}, True),
+        ({"training": False}, False),
+        ({"trainable": False}, False),
+        ({"loss": False}, False),
+        ({"loss_mask": 1}, True),
     ],
 )
 def test_loss_by_turn(keys, train):

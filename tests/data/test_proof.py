@@ -308,8 +308,9 @@ def test_constant_words_of_a_template_around_messages_are_its_own():
 
 
 PLAIN_TURNS = (
-    "{{- bos_token -}}{%- for turn in messages -%}{{- '<|turn>' ~ ('model' if turn.role == 'assistant' else turn.role) ~ "
-    "'\\n' ~ before ~ turn.content ~ '<turn|>\\n' -}}{%- endfor -%}"
+    "{{- bos_token -}}{%- for turn in messages -%}"
+    "{{- '<|turn>' ~ ('model' if turn.role == 'assistant' else turn.role) ~ '\\n' -}}"
+    "{{- before ~ turn.content ~ '<turn|>\\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|turn>model\\n' -}}{%- endif -%}"
 )
 EMPTY = "'<|channel>thought\\n<channel|>\\n'"
