@@ -53,12 +53,17 @@ def with_identities(turns: list[Turn], tell: Tell) -> list[Turn]:
       RowDropped: a response answers a call that does not exist.
     """
     pending: list[Turn] = []
-    identified = several = False
+    identified = several = in_words = False
     for position, turn in enumerate(turns):
         if turn["role"] != "tool":
             pending = list(turn.get("tool_calls", []))
             identified, several = any("id" in call for call in pending), len(pending) > 1
+            in_words = "<tool_call>" in str(turn.get("content")) and not pending
             continue
+        if in_words:  # as Hermes writes them
+            raise RowDropped(
+                "bad_tool_call", f"turn {position}: a response to a call that is text; write <tool_call> as tool_calls"
+            )
         if not pending:
             continue
         key = turn.get("tool_call_id")

@@ -288,12 +288,19 @@ def _batches(begin: Callable[[], Iterator[Any]], name: str) -> Iterator[RawRow]:
     try:
         for batch in begin():
             _refuse_columns_twice(batch.schema.names, name)
+            short = {f.name: f.type for f in batch.schema if f.type in (pyarrow.float16(), pyarrow.float32())}
             for start in range(0, batch.num_rows, ARROW_BATCH_ROWS):
                 for value in batch.slice(start, ARROW_BATCH_ROWS).to_pylist(maps_as_pydicts="strict"):
                     number += 1
+                    value |= {key: _shortest(value[key], kind) for key, kind in short.items()}
                     yield RawRow(Origin(name, number), value, columnar=True)
     except (pyarrow.ArrowException, *_TORN, KeyError, ValueError) as error:
         raise _torn(name, number, error) from error
+
+
+def _shortest(number: float | None, kind: Any) -> float | None:
+    """A number of 16 or 32 bits with the digits that identify it there, as people wrote it: 0.1, not 0.10000000149."""
+    return None if number is None else float(str(kind.to_pandas_dtype()(number)))
 
 
 _TORN = (EOFError, zlib.error, OSError)  # gzip.BadGzipFile and pyarrow's stream errors are OSErrors

@@ -424,6 +424,14 @@ def test_each_response_is_given_to_its_call(ids, names):
     )
 
 
+def test_calls_written_as_text_are_named_where_a_response_follows():
+    """Hermes's rows: as text, the call would be trained on, and the response lost."""
+    said = {"from": "gpt", "value": '<tool_call>\n{"name": "w", "arguments": {}}\n</tool_call>'}
+    turns = [{"from": "human", "value": "w?"}, said, {"from": "tool", "value": "4"}, {"from": "gpt", "value": "4."}]
+    with pytest.raises(RowDropped, match=r"bad_tool_call: turn 2: .*write <tool_call> as tool_calls"):
+        read({"conversations": turns})
+
+
 def test_a_response_to_a_call_that_is_not_there_is_dropped():
     calls = {"role": "assistant", "tool_calls": [TWO_CALLS[0] | {"id": "1"}]}
     turns = [ASK, calls, {"role": "tool", "tool_call_id": "9", "content": "4"}, ANSWER]

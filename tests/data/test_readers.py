@@ -151,6 +151,15 @@ def test_rows_of_csv_that_cannot_be_read_are_handed_on_with_the_reason(monkeypat
     ]
 
 
+def test_short_floats_are_read_as_they_were_written():
+    file = io.BytesIO()
+    numbers = [0.1, None, 2.5, -3.0, float("inf")]
+    kinds = {"half": pyarrow.float16(), "single": pyarrow.float32(), "double": pyarrow.float64()}
+    columns = {name: pyarrow.array(numbers, pyarrow.float64()).cast(kind) for name, kind in kinds.items()}
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    assert values(file.getvalue(), "rows.parquet") == [dict.fromkeys(kinds, number) for number in numbers]
+
+
 def test_headers_of_csv_are_read_as_records_are():
     """A delimiter or a line break within quotes belongs to a column's name; a table may end in nameless columns."""
     content = b'"a;b;c;d","x\ny",prompt,,\n1,2,q,,\n'
