@@ -20,14 +20,27 @@ _DEEPEST = 64  # levels of nesting in the arguments of a call
 
 
 def parsed(value: Any, what: str, tell: Tell) -> Any:
-    """Parses a value that may be JSON text, possibly encoded twice; any other text is returned unchanged."""
+    """Parses a value that may be JSON text, possibly encoded twice; any other text is returned unchanged.
+
+    Raises:
+      RowDropped: an object in it has the same key twice.
+    """
     while isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = json.loads(value, object_pairs_hook=_without_twice)
         except (ValueError, RecursionError):
             break
         tell(f"{what} given as a JSON string")
     return value
+
+
+def _without_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's keys and values; Python itself would silently keep the last value of a key."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise RowDropped("invalid_json", f"the key {twice[:40]!r} appears twice in one object")
+    return made
 
 
 def with_identities(turns: list[Turn], tell: Tell) -> list[Turn]:
@@ -40,12 +53,17 @@ def with_identities(turns: list[Turn], tell: Tell) -> list[Turn]:
       RowDropped: a response answers a call that does not exist.
     """
     pending: list[Turn] = []
-    identified = several = False
+    identified = several = in_words = False
     for position, turn in enumerate(turns):
         if turn["role"] != "tool":
             pending = list(turn.get("tool_calls", []))
             identified, several = any("id" in call for call in pending), len(pending) > 1
+            in_words = "<tool_call>" in str(turn.get("content")) and not pending
             continue
+        if in_words:  # as Hermes writes them
+            raise RowDropped(
+                "bad_tool_call", f"turn {position}: a response to a call that is text; write <tool_call> as tool_calls"
+            )
         if not pending:
             continue
         key = turn.get("tool_call_id")

@@ -26,6 +26,7 @@ from gemma4_tpu.data.drops import RowDropped, unreadable
 from gemma4_tpu.data.forms import Conversation
 from gemma4_tpu.data.pictures import Picture, pictures_of
 from gemma4_tpu.data.proof import Prover, Span
+from gemma4_tpu.data.served import differences_of_servers
 from gemma4_tpu.data.tokenizer import apply_template, encode
 from gemma4_tpu.errors import UserError
 
@@ -124,6 +125,8 @@ class ChatFormat:
                 "the chat template writes no BOS token: examples begin with one, but servers that send the template's "
                 "text unchanged (vLLM's chat endpoint) do not; put {{ bos_token }} at the start of the template"
             )
+        for difference in differences_of_servers(tokenizer, self._keep_thoughts):
+            logger.warning("%s", difference)
         header = self.encode([markup.MODEL_HEADER])[0][1:]
         words = {role: self._find_words(role) for role in ("system", "user")}
         self._shows_pictures = {markup.IMAGE, markup.IMAGE_START, markup.IMAGE_END} <= vocabulary.keys()
@@ -215,11 +218,12 @@ class ChatFormat:
         if body == shown:
             raise RowDropped("bad_rendering", f"message {number} (assistant): {_difference(history + header, shown)}")
         closed = channel.rstrip().endswith(markup.CHANNEL_END)
+        body = body.removeprefix(channel) if closed else body
         # A template can render earlier turns with an empty thought, whatever its prompt ends in; nobody wrote that
         # thought.
-        body = body.strip()
-        if empty := _EMPTY_CHANNEL.match(body):
-            body = body[empty.end() :]
+        if empty := _EMPTY_CHANNEL.match(body.lstrip()):
+            body = _own_space(empty[0], messages[number]) + body.lstrip()[empty.end() :]
+        body = body.rstrip()  # what follows the token that ends the turn
         thought = messages[number].get("reasoning")
         if thought and closed:
             raise RowDropped(
@@ -244,7 +248,7 @@ class ChatFormat:
         prepared: list[Message] = []
         for number, message in enumerate(messages):
             turn = {key: value for key, value in message.items() if key != "train"}
-            if turn["role"] == "system" and isinstance(turn.get("content"), str):
+            if turn["role"] == "system" and str(turn.get("content")).startswith(markup.THINK):
                 # The policy decides whether thinking is on.
                 turn["content"] = turn["content"].removeprefix(markup.THINK).lstrip()
             if any(self._control.search(text) for text in markup.strings(turn)):
@@ -298,7 +302,7 @@ class ChatFormat:
         if pictures := pictures_of(messages):
             text = self._with_pictures(text, pictures)
         bos = self._tokenizer.bos_token
-        self._bos_added = not text.startswith(bos)
+        self._bos_added = bos not in text
         return bos + text if self._bos_added else text
 
     def _with_pictures(self, text: str, pictures: list[Picture]) -> str:
@@ -330,6 +334,15 @@ def _split_prompt(prompt: str) -> tuple[str, str, str]:
         prompt, channel = prompt[:at], prompt[at:]
     header = markup.MODEL_HEADER if prompt.endswith(markup.MODEL_HEADER) else ""
     return prompt.removesuffix(header), header, channel
+
+
+def _own_space(before: str, message: Message) -> str:
+    """The white space that an answer itself begins with, if the text `before` it ends in that; the rest is the
+    template's.
+    """
+    said = message.get("content") or ""
+    own = said[: len(said) - len(said.lstrip())]
+    return own if before.endswith(own) else ""
 
 
 def _difference(prompt: str, shown: str) -> str:

@@ -5,6 +5,7 @@ To add a form, add a function and a line in `FORMS`. Imports neither JAX nor Num
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from gemma4_tpu.data import codev
 from gemma4_tpu.data.calls import Tell, Turn, parsed, to_tools
 from gemma4_tpu.data.drops import RowDropped
-from gemma4_tpu.data.turns import to_turns
+from gemma4_tpu.data.turns import CALLS, THOUGHT_KEYS, to_turns
 
 AUTO = "auto"
 CONVERSATIONS, PAIRS = "conversations", "pairs"
@@ -184,13 +185,16 @@ def _turns_in(value: Any, turn_columns: Mapping[str, str], tell: Tell) -> Any:
     """A value, with turns parsed if it is JSON text of a list of them (in CSV, for example)."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
-    told: list[str] = []
-    found = parsed(value, "turns", told.append)
-    roles = {"role", "from", turn_columns.get("role", "role")}
-    if not isinstance(found, list) or not found or not all(isinstance(t, dict) and roles & t.keys() for t in found):
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
         return value
-    tell(told[0])
-    return found
+    roles = {"role", "from", turn_columns.get("role", "role")}
+    # Other data has such keys too: the staff of a firm a `role`, a journey a `from`.
+    says = {"content", "value", turn_columns.get("content", "content"), *CALLS, *THOUGHT_KEYS}
+    if not found or not all(isinstance(turn, dict) and roles & turn.keys() and says & turn.keys() for turn in found):
+        return value
+    return parsed(value, "turns", tell)
 
 
 def _conversation(turns: list[Turn], columns: Columns, tell: Tell) -> Conversation:

@@ -31,12 +31,14 @@ from gemma4_tpu.data.pictures import PictureReader, picture_parts
 from gemma4_tpu.data.readers import RawRow
 from gemma4_tpu.errors import UserError
 
-VERSION = 2
+VERSION = 3
 """Version of this conversion; part of the examples' fingerprint."""
 NOTES_KEPT = 100  # distinct notes; rows that each have keys of their own would add notes without end
 IDENTITY = re.compile(r"(?:^|_)(?:id|uuid|hash|index|idx)$", re.IGNORECASE)
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 """Columns that a row's text refers to; without them the text is not what somebody said."""
+VERDICTS = ("label", "kto_tag", "weight", "train")
+"""Columns in which a row says whether its answer may be learned (TRL's and LLaMA-Factory's unpaired preferences)."""
 CHOICES = ("context", "choices", "options")
 """Columns that can belong to a question; their presence makes a plain question column ambiguous."""
 COLUMNS = (*NAMES, CHOSEN, REJECTED, *TURN_COLUMNS, *COLUMNS_OF_PICTURES)
@@ -130,12 +132,14 @@ class Normaliser:
         if form is None:
             raise RowDropped("unknown_form", f"keys: {', '.join(map(str, row.value))}"[:120])
         notes: dict[str, None] = {}
-        value = {self._own.get(key, key): item for key, item in row.value.items()}
+        value = self._renamed(row.value, notes)
         if absent := [key for key, item in value.items() if _is_nan(item)]:
             notes.setdefault("NaN in place of absent columns removed")  # pandas writes NaN for missing values
             value = {key: item for key, item in value.items() if key not in absent}
-        if form == "prompt_completion" and value.get("label") is False:  # TRL's unpaired preferences
-            raise RowDropped("no_target", "label: false marks a bad completion")
+        bad = [key for key in VERDICTS if _is_no(value.get(key))]
+        if bad and self._rows == CONVERSATIONS and form != "text":  # a text's label is its class
+            told = f"{bad[0]}: {str(value[bad[0]]).lower()} marks a bad answer; leave out the column if it does not"
+            raise RowDropped("no_target", told)
         read = COLUMNS_OF_PICTURES if self._pictures else ()
         if media := [key for key in MEDIA if key not in read and value.get(key)]:
             raise RowDropped(
@@ -153,6 +157,13 @@ class Normaliser:
             notes.setdefault(f"column {key[:40]!r} not used")
         self._done.add(form, notes)
         return made
+
+    def _renamed(self, row: Mapping[str, Any], notes: dict[str, None]) -> dict[str, Any]:
+        """A row's columns under our names; what `data.columns` names takes the place of a column that has our name."""
+        named = {self._own[key]: item for key, item in row.items() if key in self._own and item is not None}
+        for key in row.keys() & named.keys() - self._own.keys():
+            notes.setdefault(f"column {key[:40]!r} not used: data.columns names another")
+        return {**{key: item for key, item in row.items() if key not in self._own and key not in named}, **named}
 
     @property
     def _left_out(self) -> str:
@@ -179,6 +190,11 @@ def without_nulls(value: Any, tell: Tell, depth: int = 0) -> Any:
     if isinstance(value, list):
         return [without_nulls(item, tell, depth + 1) for item in value]
     return value
+
+
+def _is_no(value: Any) -> bool:
+    """Whether a verdict is false: as JSON, as a number, or as text (in CSV)."""
+    return value.strip().lower() in ("false", "0") if isinstance(value, str) else value in (False, 0)
 
 
 def _is_nan(value: Any) -> bool:
@@ -213,6 +229,11 @@ def _is_codev(row: Mapping[str, Any]) -> bool:
     return any(isinstance(text, str) and "<answer>" in text and "endmodule" in text for text in row.values())
 
 
+def _row_inside(value: Any) -> list[str]:
+    """The keys of the first object in a list."""
+    return list(value[0]) if isinstance(value, list) and value and isinstance(value[0], dict) else []
+
+
 def unknown_form(name: str, row: Mapping[str, Any], wanted: str, rows: str = CONVERSATIONS) -> str:
     """Explains why rows like `row` of the source `name` cannot be read, and which overrides would make them
     readable.
@@ -230,6 +251,12 @@ def unknown_form(name: str, row: Mapping[str, Any], wanted: str, rows: str = CON
         )
     known = {name: column for column in NAMES for name in NAMES[column]}
     lists = [key for key in there if isinstance(row[key], list | dict) and key not in known]
+    lists.sort(key=lambda key: not isinstance(row[key], list))  # turns are more often a list than an object
+    if lists and (inside := _row_inside(row[lists[0]])) and (form := recognised(frozenset(inside))):
+        return (
+            f"{name}: the rows (of the form {form}) are inside of {lists[0]}; write that list alone into the file, or "
+            "one of its objects per line"
+        )
     # A column that already has a meaning is not a candidate for another, and ids are not text.
     texts = [key for key in there if isinstance(row[key], str) and key not in known and not IDENTITY.search(key)]
     prompt, completion = name_of("prompt", there), name_of("completion", there)

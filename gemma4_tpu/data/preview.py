@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gemma4_tpu.config.schema import DataConfig, ModelConfig
-from gemma4_tpu.data import markup
+from gemma4_tpu.data import chat, markup
 from gemma4_tpu.data.build import TrainingData, build_data
 from gemma4_tpu.data.forms import CHOSEN, REJECTED
 from gemma4_tpu.data.updates import Updates
@@ -136,6 +138,18 @@ def _totals(built: TrainingData, data: DataConfig, rows_per_update: int, seed: i
     return lines
 
 
+@contextmanager
+def _warnings_of_templates() -> Iterator[None]:
+    """Prints the warnings about a chat template, which the preview does not list."""
+    handler, logger = logging.StreamHandler(), logging.getLogger(chat.__name__)
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 def show(model: ModelConfig, data: DataConfig, rows_are: str, *, rows_per_update: int, seed: int) -> int:
     """Builds a training configuration's data and previews it; too many dropped rows are shown instead of refused.
 
@@ -160,7 +174,8 @@ def show(model: ModelConfig, data: DataConfig, rows_are: str, *, rows_per_update
     base = resolve_base(model)
     tokenizer = load_tokenizer(base.tokenizer_folder, base.new_tokens)
     pictures = picture_reader(base, data)
-    built = build_data(replace(data, max_drop_fraction=1.0), tokenizer, rows_are, pictures)
+    with _warnings_of_templates():
+        built = build_data(replace(data, max_drop_fraction=1.0), tokenizer, rows_are, pictures)
     console = Console(highlight=False)
     preview(built, data, tokenizer, rows_per_update=rows_per_update, seed=seed, console=console, plot_path=PLOT)
     return 0

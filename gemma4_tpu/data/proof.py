@@ -248,7 +248,7 @@ def _check_span(
     cut = [piece for piece in own if piece.stop > last or piece.stop <= span.start]
     ends = names.get(int(ids[last])) in (markup.TURN_END, markup.TOOL_RESPONSE)
     if begun or foreign or cut or not own or not ends:
-        odd = (begun + foreign + cut)[:1]
+        odd = (begun + foreign + cut)[:1] if ends else []
         what = f"its loss would be on {shown(odd[0])}" if odd else "the template does not end its turn"
         role = messages[span.message]["role"]
         raise RowDropped("bad_rendering", f"message {span.message} ({role}): {what}")

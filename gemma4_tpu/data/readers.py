@@ -9,37 +9,24 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
 
 from gemma4_tpu.data.drops import Origin, RowDropped
+from gemma4_tpu.data.file_kinds import MAGIC, UTF8_MARK, refuse_another_format
 from gemma4_tpu.errors import UserError
 
 MAX_LINE_BYTES = 16 * 2**20  # far beyond any example of a legal length; keeps a binary file from filling memory
 MAX_JSON_BYTES = 2 * 2**30  # limit for a .json file, which is read whole
 ARROW_BATCH_ROWS = 1024
 BUFFER_BYTES = 2**18
-UTF8_MARK = b"\xef\xbb\xbf"
-MAGIC = {
-    b"PAR1": ("Parquet", ".parquet"),
-    b"ARROW1": ("an Arrow file", ".arrow"),
-    b"\xff\xff\xff\xff": ("an Arrow stream", ".arrow"),
-    b"\x1f\x8b": ("gzip-compressed", ".gz"),
-    b"\x28\xb5\x2f\xfd": ("Zstandard-compressed", ".zst"),
-    b"PK\x03\x04": ("a ZIP archive (or an Excel sheet)", None),
-    b"BZh": ("bzip2-compressed", None),
-    b"\xfd7zXZ": ("xz-compressed", None),
-    b"SQLite format 3": ("an SQLite database", None),
-    b"version https://git-lfs": ("a Git LFS pointer: the file itself was not fetched (git lfs pull)", None),
-}
-"""First bytes → (file type, its usual extension)."""
-LINES = (".jsonl", ".ndjson")
-TABLES = {".parquet": "Parquet", ".arrow": "Arrow"}
 
 
 class RawRow(NamedTuple):
@@ -64,7 +51,7 @@ def read_file(stream: IO[bytes], name: str) -> Iterator[RawRow]:
         raise UserError(f"{name}: unknown format; rows come from {', '.join(READERS)}, each also as .gz and .zst")
     try:
         plain = io.BufferedReader(_unpacked(stream, name, compression), BUFFER_BYTES)
-        _refuse_another_format(plain.peek(BUFFER_BYTES), name, ending)
+        refuse_another_format(plain.peek(BUFFER_BYTES), name, ending)
     except _TORN as error:
         raise _torn(name, 0, error) from error
     yield from READERS[ending](plain, name)
@@ -90,31 +77,6 @@ def _unpacked(stream: Any, name: str, compression: str) -> Any:
     import pyarrow
 
     return pyarrow.CompressedInputStream(stream, "zstd")
-
-
-def _refuse_another_format(head: bytes, name: str, ending: str) -> None:
-    """Refuses a file whose first bytes belong to another format, or to text that is not UTF-8."""
-    found = next(((what, right) for magic, (what, right) in MAGIC.items() if head.startswith(magic)), None)
-    if ending in TABLES:
-        if head and (found is None or found[1] != ending):
-            held = f"holds {found[0]}" if found else "is truncated at its start, or is of another format"
-            raise UserError(f"{name}: {held}, not {TABLES[ending]}; copy it again or rename it")
-        return
-    if found is not None:
-        advice = f"; rename it to end in {found[1]}" if found[1] else ""
-        raise UserError(f"{name}: is {found[0]}, not text{advice}")
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or max(head[::2].count(0), head[1::2].count(0)) > len(head) // 4:
-        raise UserError(
-            f"{name}: the text is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8 {name} > <new file>"
-        )
-    if ending in LINES:
-        first = head.removeprefix(UTF8_MARK).lstrip()
-        if re.match(rb"\[\s*\{", first):
-            raise UserError(f"{name}: holds a JSON array, not one object per line; rename it to end in .json")
-        if re.match(rb"\{[ \t\r]*\n", first):
-            raise UserError(
-                f"{name}: holds JSON objects over several lines, not one per line; rename it to end in .json"
-            )
 
 
 def _lines(stream: Any, name: str) -> Iterator[bytes | None]:
@@ -242,10 +204,14 @@ def _read_csv(stream: Any, name: str) -> Iterator[RawRow]:
 
     lines = texts()
     header = next(lines, "")
-    delimiter = max(",\t;|", key=header.count)
-    columns = next(csv.reader([header], delimiter=delimiter), [])
+    delimiter = max(",\t;|", key=re.sub('"[^"]*"', "", header).count)
+    records = _csv_records(csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True))
+    columns = next(records, [])
+    if isinstance(columns, RowDropped):
+        raise UserError(f"{name}: its header cannot be read ({columns.detail}); the first line names the columns")
+    _refuse_columns_twice([column for column in columns if column], name)
     number = 0
-    for cells in _csv_records(csv.reader(lines, delimiter=delimiter, strict=True)):
+    for cells in records:
         for problem in left_out:
             number += 1
             yield RawRow(Origin(name, number), {}, problem)
@@ -254,6 +220,11 @@ def _read_csv(stream: Any, name: str) -> Iterator[RawRow]:
             continue
         number += 1
         yield _csv_row(cells, columns, Origin(name, number))
+
+
+def _refuse_columns_twice(columns: list[str], name: str) -> None:
+    if twice := [column for column, count in Counter(columns).items() if count > 1]:
+        raise UserError(f"{name}: there are {columns.count(twice[0])} columns named {twice[0]}; rename all but one")
 
 
 def _csv_records(reader: Iterator[list[str]]) -> Iterator[list[str] | RowDropped]:
@@ -316,12 +287,20 @@ def _batches(begin: Callable[[], Iterator[Any]], name: str) -> Iterator[RawRow]:
     number = 0
     try:
         for batch in begin():
+            _refuse_columns_twice(batch.schema.names, name)
+            short = {f.name: f.type for f in batch.schema if f.type in (pyarrow.float16(), pyarrow.float32())}
             for start in range(0, batch.num_rows, ARROW_BATCH_ROWS):
                 for value in batch.slice(start, ARROW_BATCH_ROWS).to_pylist(maps_as_pydicts="strict"):
                     number += 1
+                    value |= {key: _shortest(value[key], kind) for key, kind in short.items()}
                     yield RawRow(Origin(name, number), value, columnar=True)
-    except (pyarrow.ArrowException, *_TORN, KeyError) as error:
+    except (pyarrow.ArrowException, *_TORN, KeyError, ValueError) as error:
         raise _torn(name, number, error) from error
+
+
+def _shortest(number: float | None, kind: Any) -> float | None:
+    """A number of 16 or 32 bits with the digits that identify it there, as people wrote it: 0.1, not 0.10000000149."""
+    return None if number is None else float(str(kind.to_pandas_dtype()(number)))
 
 
 _TORN = (EOFError, zlib.error, OSError)  # gzip.BadGzipFile and pyarrow's stream errors are OSErrors

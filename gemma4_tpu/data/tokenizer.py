@@ -37,13 +37,15 @@ _REMEDY = "use the original checkpoint's tokenizer (model.tokenizer=<folder>)"
 _CHARACTERS_PER_SECOND = 50_000  # of ordinary text, a busy core encodes 600,000
 _BYTES_PER_CHARACTER = 512  # of ordinary text, encodings take about 220
 _PART_CHARACTERS = 2**20
+_PROBES = (f"{markup.TURN}Xy  z.{markup.TURN_END}", "  Xy\n\n\tZ \n", "\u00e9 \ufb01 \u212b 漢😀")
+"""Case, white space and letters that tokenizers of other models change."""
 
 
 def load_tokenizer(folder: str, new_tokens: Sequence[str] = ()) -> Any:
     """The tokenizer in `folder` (local, gs://… or `embedded:NAME`), with its chat template and `model.new_tokens`.
 
     Raises:
-      UserError: there is no tokenizer or chat template, or no room for the new tokens.
+      UserError: there is no tokenizer or chat template, no room for the new tokens, or it changes texts.
     """
     path = assets.resolve(folder)
     with scratch_folder() as scratch:
@@ -58,7 +60,25 @@ def load_tokenizer(folder: str, new_tokens: Sequence[str] = ()) -> Any:
             f"{folder}: the tokenizer has no chat template; use an instruction-tuned checkpoint's tokenizer "
             "(model.tokenizer=…), or put a chat_template.jinja next to it"
         )
+    _check_spelling(tokenizer, folder)
     return tokenizer
+
+
+def _check_spelling(tokenizer: Any, folder: str) -> None:
+    """Raises `UserError` if the tokenizer's ids spell another text than the one they were made from.
+
+    Normalizers that lower, trim or compose, and tokens that swallow the white space next to them or add some, would
+    silently train on other texts than rows hold.
+    """
+    if dropout := getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+        raise UserError(f"{folder}: the tokenizer draws its tokens by chance (dropout: {dropout}); {_REMEDY}")
+    for text in _PROBES:
+        [ids] = encode(tokenizer, [text])
+        spelt = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if spelt != text and tokenizer.unk_token_id not in ids:
+            raise UserError(
+                f"{folder}: the tokenizer reads {text!r} as {spelt!r}, so no row would keep its text; {_REMEDY}"
+            )
 
 
 def load_limited(path: str, folder: str) -> Any:

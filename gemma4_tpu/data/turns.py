@@ -26,6 +26,7 @@ ROLES = {
 """Names used for speakers → the four roles."""
 THOUGHT_KEYS = ("reasoning", "reasoning_content", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text", None)
+CALL_PARTS = {"tool_use", "tool_result"}
 IMAGE_PART = "image"
 """Type of a normalised part that is a picture; its `image` names the picture, None stands for the next one in the row's
 column.
@@ -38,7 +39,10 @@ CALL_ROLES = ("function_call", "tool_call")
 """Roles whose content is a call."""
 RESPONSES = "tool_responses"
 """Responses stored in the turn of their calls, as in Gemma's own documentation."""
-LOSS_KEYS = ("weight", "train")
+LOSS_KEYS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
+"""Names used for whether a turn carries loss: OpenAI's, axolotl's, ms-swift's."""
+UNCLEAR_LOSS = ("mask", "masked", "train_detail", "training_detail")
+"""Names used for loss on a part of a turn, or with either meaning."""
 KNOWN = {
     "system": {*LOSS_KEYS, *CALLS},
     "user": {*LOSS_KEYS, *CALLS},
@@ -51,6 +55,8 @@ THINK_END = re.compile(r"</(?:think|thinking|thought|reasoning)>|<\|end_of_thoug
 OPENED = re.compile(THINK.pattern.removeprefix(r"\s*"), re.IGNORECASE)
 SOLUTION = re.compile(r"\s*<\|begin_of_solution\|>(.*)<\|end_of_solution\|>\s*", re.DOTALL)
 TAGS = re.compile(r"</?(?:think|thinking|thought|reasoning|tool_call)>|<\|(?:begin|end)_of_\w+\|>", re.IGNORECASE)
+AFTER_THOUGHT = re.compile(r"\A(?:\s*\n|\s+)")
+"""White space between a thought and its answer; an indent of the answer's own first line is not part of it."""
 CLOSED_ONLY = re.compile(r"</think>[ \t]*\n", re.IGNORECASE)
 
 
@@ -145,6 +151,8 @@ def _taken(turn: Turn, *keys: str) -> Any:
 
 def _train(turn: Turn, role: str, position: int) -> Turn:
     """`{"train": …}` if the row says whether the turn carries loss."""
+    if unclear := [key for key in UNCLEAR_LOSS if key in turn]:
+        raise RowDropped("bad_weight", f"turn {position}: {unclear[0]} is not read; write train: false or true instead")
     said = {key: turn[key] for key in LOSS_KEYS if key in turn}
     if not said:
         return {}
@@ -219,7 +227,8 @@ def _has_parts(content: Any) -> bool:
 def _kinds(content: Any) -> str:
     if _has_parts(content):
         kinds = {str(part.get("type"))[:20] for part in content if isinstance(part, dict)} - set(map(str, TEXT_PARTS))
-        return f"parts of type {', '.join(sorted(kinds))}" if kinds else "a part without text"
+        advice = "; write calls as tool_calls, and results as tool turns" if kinds & CALL_PARTS else ""
+        return f"parts of type {', '.join(sorted(kinds))}{advice}" if kinds else "a part without text"
     return "none" if content is None else type(content).__name__
 
 
@@ -263,18 +272,23 @@ def _thought(value: Any, key: str, position: int) -> str:
 
 
 def _joined(parts: list[Any], position: int, tell: Tell) -> tuple[str, list[str]]:
-    """(text, thoughts) of an answer's parts, with texts trimmed and joined as Google's template does."""
+    """(text, thoughts) of an answer's parts. Texts are joined unchanged, as a server returns them in one text."""
     texts, thoughts = [], []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in THOUGHT_KEYS:
             thoughts.append(_thought(part.get(kind, part.get("text")), kind, position))
         elif (found := _text_parts([part])) is not None:
-            texts.append(found[0]["text"].strip())
+            texts.append(found[0]["text"])
         else:
             raise RowDropped("bad_content", f"turn {position}: {_kinds(parts)}")
     tell("parts of an answer joined")
     return "".join(texts), thoughts
+
+
+def _in_an_answer(content: str, at: int) -> bool:
+    """Whether a closing tag at `at` is an answer's own text: it follows an opening tag, or is inside a code fence."""
+    return OPENED.search(content, 0, at) is not None or content.count("```", 0, at) % 2 == 1
 
 
 def take_thoughts(content: str) -> tuple[str, list[str]]:
@@ -293,10 +307,10 @@ def take_thoughts(content: str) -> tuple[str, list[str]]:
         thoughts.append(content[opened.end() : closed.start()].strip())
         at = closed.end()
     # If it is only closed, the template of the model that wrote it had opened it.
-    if not at and (closed := CLOSED_ONLY.search(content)) and not OPENED.search(content, 0, closed.start()):
+    if not at and (closed := CLOSED_ONLY.search(content)) and not _in_an_answer(content, closed.start()):
         thoughts.append(content[: closed.start()].strip())
-        at = closed.end()
+        at = closed.end() - 1  # the line break shows that what follows it is an indent
     if at and (solution := SOLUTION.fullmatch(content, at)):
         content, at = content[: solution.end(1)], solution.start(1)
     more, rest = split_thoughts(content[at:])
-    return rest.lstrip() if at or rest != content else rest, [*thoughts, *more]
+    return AFTER_THOUGHT.sub("", rest) if at or rest != content else rest, [*thoughts, *more]

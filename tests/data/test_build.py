@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from gemma4_tpu.assets import ROOT
 from gemma4_tpu.config.schema import DataConfig, DataSource
 from gemma4_tpu.data.build import build_data
 from gemma4_tpu.data.chat import ChatFormat
@@ -274,6 +275,27 @@ def test_folders_without_a_fit_tokenizer_are_refused(tokenizer, tmp_path):
     assert load_tokenizer(str(tmp_path)).chat_template == tokenizer.chat_template
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="no chat template"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("normalizer", {"type": "Lowercase"}, "reads '.*Xy  z.*' as '.*xy  z"),
+        ("normalizer", {"type": "NFKC"}, "as 'é fi"),
+        ("normalizer", {"type": "Strip", "strip_left": True, "strip_right": True}, "as 'Xy"),
+        ("normalizer", {"type": "Prepend", "prepend": " "}, "as '<.turn> Xy"),
+        ("model", {"dropout": 0.1}, "draws its tokens by chance"),
+    ],
+)
+def test_a_tokenizer_that_changes_texts_is_refused(tmp_path, part, change, words):
+    """Its rows would be trained in another spelling than a server's answers are read in."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(ROOT / "tiny" / name, tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    content[part] = {**(content[part] or {}), **change}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=f"{words}.*model.tokenizer="):
         load_tokenizer(str(tmp_path))
 
 

@@ -106,6 +106,18 @@ def test_bos_is_added_where_the_template_leaves_it_to_the_tokenizer(caplog):
     assert "put {{ bos_token }} at the start" in caplog.text
 
 
+def test_what_servers_render_otherwise_by_themselves_is_told(caplog):
+    ChatFormat(make_tokenizer())
+    assert not caplog.text
+    thinks = make_tokenizer(TEMPLATE.replace("enable_thinking | default(false)", "enable_thinking | default(true)"))
+    ChatFormat(thinks, "train")
+    assert not caplog.text
+    ChatFormat(thinks)
+    assert '"chat_template_kwargs": {"enable_thinking": false}' in caplog.text
+    ChatFormat(make_tokenizer(TEMPLATE + "{%- set day = strftime_now('%d') -%}"))
+    assert "strftime_now" in caplog.text
+
+
 def test_unfit_tokenizers_are_refused():
     with pytest.raises(UserError, match="no chat template"):
         ChatFormat(make_tokenizer(template=None))

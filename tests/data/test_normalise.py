@@ -97,6 +97,10 @@ def test_columns_of_ones_own():
     row = {"task": "add 1 2", "reply": "3", "id": 5}
     made, form, notes = read(row, columns={"prompt": "task", "completion": "reply"})
     assert (made.messages, form, notes) == ([ASK, ANSWER], "prompt_completion", {"column 'id' not used": 1})
+    for other in ({"prompt": "an id", **row}, {**row, "prompt": "an id"}):  # whatever the order of the columns
+        made, _, notes = read(other, columns={"prompt": "task", "completion": "reply"})
+        assert made.messages == [ASK, ANSWER]
+        assert "column 'prompt' not used: data.columns names another" in notes
     turns = [{"speaker": "human", "said": "add 1 2"}, {"speaker": "bot", "said": "3"}]
     assert read({"talk": turns}, columns={"messages": "talk", "role": "speaker", "content": "said"})[0].messages == [
         ASK,
@@ -156,15 +160,36 @@ def test_verilog_is_cut_out_where_a_source_has_codev_markup():
         {"content": "4", "thinking": "two and two"},
         {"content": "4", "reasoning_content": "two and two", "reasoning": "two and two"},
         {"content": "<|channel>thought\ntwo and two\n<channel|>4"},
-        {"content": [{"type": "thinking", "thinking": "two and two"}, {"type": "text", "text": " 4 "}]},
+        {"content": [{"type": "thinking", "thinking": "two and two"}, {"type": "text", "text": "4"}]},
     ],
 )
 def test_thoughts_of_every_spelling_stand_under_one_key(keys):
     assert answer(**keys) == {"role": "assistant", "content": "4", "reasoning": "two and two"}
 
 
+def test_the_indent_of_an_answer_is_its_own():
+    """Code that begins indented completes its question only with its indent."""
+    code = "    return 1\n    # done"
+    for before in (
+        "<think>why</think>\n\n",
+        "<think>\nwhy\n</think>\n",
+        "why\n</think> \n",
+        "<|channel>why<channel|>\n",
+    ):
+        assert answer(content=before + code)["content"] == code
+    assert answer(content="<think>why</think> 4")["content"] == "4"
+    assert answer(content=code)["content"] == code
+
+
+def test_parts_of_an_answer_are_joined_as_they_are():
+    texts = ["Here:\n\n", "    code", " and ", "more\n"]
+    made = answer(content=[{"type": "text", "text": text} for text in texts])
+    assert made["content"] == "".join(texts)
+
+
 def test_what_only_looks_like_a_thought_stays_text():
-    for text in ("Close it with </think> then.", "Tags: <think>x</think>", "a <|channel> b", " 4 "):
+    in_code = 'Split it:\n```\ntext.split("\n</think>\n")\n```\nThat is all.'
+    for text in ("Close it with </think> then.", "Tags: <think>x</think>", "a <|channel> b", " 4 ", in_code):
         assert answer(content=text) == {"role": "assistant", "content": text}
     assert dropped({"messages": [ASK, {"role": "assistant", "content": "<think>never closed"}]}) == "unclosed_think"
 
@@ -226,7 +251,16 @@ def test_nulls_of_tables_go_at_every_depth_and_those_of_json_stay():
 
 @pytest.mark.parametrize(
     ("keys", "train"),
-    [({"weight": 0}, False), ({"weight": 1.0}, True), ({"train": False}, False), ({"weight": 1, "train": True}, True)],
+    [
+        ({"weight": 0}, False),
+        ({"weight": 1.0}, True),
+        ({"train": False}, False),
+        ({"weight": 1, "train": True}, True),
+        ({"training": False}, False),
+        ({"trainable": False}, False),
+        ({"loss": False}, False),
+        ({"loss_mask": 1}, True),
+    ],
 )
 def test_loss_by_turn(keys, train):
     assert answer(content="3", **keys)["train"] is train
@@ -240,6 +274,8 @@ def test_loss_by_turn(keys, train):
         ({**ANSWER, "train": "no"}, "bad_weight"),
         ({**ANSWER, "train": True, "weight": 0}, "bad_weight"),
         ({**ASK, "train": True}, "bad_weight"),
+        ({**ANSWER, "mask": True}, "bad_weight"),
+        ({**ANSWER, "training_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}, "bad_weight"),
         ({**ANSWER, "tool_calls": 5}, "bad_tool_call"),
         ({**ANSWER, "tool_calls": [{"name": "w", "parameters": {"c": "Oslo"}}]}, "bad_tool_call"),
         ({**ANSWER, "tool_calls": [{"name": "w", "arguments": "Oslo"}]}, "bad_tool_call"),
@@ -388,6 +424,14 @@ def test_each_response_is_given_to_its_call(ids, names):
     )
 
 
+def test_calls_written_as_text_are_named_where_a_response_follows():
+    """Hermes's rows: as text, the call would be trained on, and the response lost."""
+    said = {"from": "gpt", "value": '<tool_call>\n{"name": "w", "arguments": {}}\n</tool_call>'}
+    turns = [{"from": "human", "value": "w?"}, said, {"from": "tool", "value": "4"}, {"from": "gpt", "value": "4."}]
+    with pytest.raises(RowDropped, match=r"bad_tool_call: turn 2: .*write <tool_call> as tool_calls"):
+        read({"conversations": turns})
+
+
 def test_a_response_to_a_call_that_is_not_there_is_dropped():
     calls = {"role": "assistant", "tool_calls": [TWO_CALLS[0] | {"id": "1"}]}
     turns = [ASK, calls, {"role": "tool", "tool_call_id": "9", "content": "4"}, ANSWER]
@@ -471,4 +515,27 @@ def test_completions_that_are_labelled_bad_are_not_learnt():
     row = {"prompt": "add 1 2", "completion": "3"}
     assert read({**row, "label": True})[0].messages == [ASK, ANSWER]
     assert read({**row, "label": "arithmetic"})[0].messages == [ASK, ANSWER]
-    assert dropped({**row, "label": False}) == "no_target"
+    for column in ("label", "kto_tag", "weight", "train"):
+        for bad in (False, 0, "False"):
+            assert dropped({**row, column: bad}) == "no_target"
+            assert dropped({"messages": [ASK, ANSWER], column: bad}) == "no_target"
+    assert read({"text": "a film that I did not like", "label": 0})[1] == "text"
+
+
+def test_a_key_twice_in_json_text_within_a_row_is_found():
+    """Python keeps the last one."""
+    turns = '[{"role": "user", "content": "add 1 2"}, {"role": "assistant", "content": "3", "content": "4"}]'
+    assert dropped({"messages": turns}) == "invalid_json"
+    assert dropped({"prompt": "add 1 2", "completion": turns}) == "invalid_json"
+    call = {"function": {"name": "w", "arguments": '{"c": "Oslo", "c": "Rome"}'}}
+    assert dropped({"messages": [ASK, {"role": "assistant", "tool_calls": [call]}]}) == "invalid_json"
+
+
+def test_json_text_of_other_things_than_turns_is_a_text():
+    for text in ('[{"from": "Oslo", "to": "Rome"}]', '[{"role": "admin", "id": 1, "id": 1}]', "[1, 2]"):
+        assert read({"prompt": text, "completion": "3"})[0].messages[0]["content"] == text
+
+
+def test_rows_inside_of_a_list_are_refused_with_the_list():
+    with pytest.raises(UserError, match=r"of the form prompt_completion\) are inside of data"):
+        read({"version": 1, "data": [{"prompt": "add 1 2", "completion": "3"}]})

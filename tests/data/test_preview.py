@@ -2,11 +2,13 @@
 
 import io
 import re
+import shutil
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from gemma4_tpu.assets import ROOT as ASSETS
 from gemma4_tpu.config.schema import DataConfig, DataSource
 from gemma4_tpu.data import preview
 from gemma4_tpu.data.build import build_data
@@ -76,6 +78,19 @@ def test_command_line(monkeypatch, tmp_path, capsys, write_jsonl):
     assert "training would refuse this" in capsys.readouterr().out
     assert main(["preview=true", "data.train=[{path: nowhere.jsonl}]"]) == 2
     assert "nowhere.jsonl" in capsys.readouterr().err
+
+
+def test_what_is_odd_about_a_template_is_told_before_its_examples(monkeypatch, tmp_path, capsys, write_jsonl):
+    folder = shutil.copytree(ASSETS / "tiny", tmp_path / "dated")
+    template = folder / "chat_template.jinja"
+    template.write_text("{%- set day = strftime_now('%d') -%}" + template.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    path = write_jsonl([chat_row("a", "b"), chat_row("c", "d")])
+    words = ["preview=true", "model.path=random:0", "data=chat_jsonl", f"data.train={path}"]
+    assert main(words) == 0
+    assert "warning: " not in capsys.readouterr().err
+    assert main([*words, f"model.tokenizer={folder}"]) == 0
+    assert capsys.readouterr().err.count("warning: the chat template writes the time") == 1
 
 
 def test_the_example_of_the_page_is_what_is_shown(monkeypatch, tmp_path, capsys):

@@ -307,6 +307,37 @@ def test_constant_words_of_a_template_around_messages_are_its_own():
     check(with_template(told), "system", "drop")
 
 
+PLAIN_TURNS = (
+    "{{- bos_token -}}{%- for turn in messages -%}"
+    "{{- '<|turn>' ~ ('model' if turn.role == 'assistant' else turn.role) ~ '\\n' -}}"
+    "{{- before ~ turn.content ~ '<turn|>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|turn>model\\n' -}}{%- endif -%}"
+)
+EMPTY = "'<|channel>thought\\n<channel|>\\n'"
+
+
+@pytest.mark.parametrize("past", ["''", EMPTY])
+@pytest.mark.parametrize("content", ["    return x\n    # done\n", "\n\nyes", "\u3000x ", "\tone\n"])
+def test_white_space_that_the_template_shows_is_trained_as_it_is_served(content, past):
+    """Most other families' templates trim nothing: an answer without its indent is another answer."""
+    shown = PLAIN_TURNS.replace("before", f"({past} if turn.role == 'assistant' else '')")
+    tokenizer = with_template(shown)
+    messages = [{"role": "system", "content": "  be brief"}, kinds.user(" a\n"), kinds.answer(content)]
+    messages += [kinds.user("b"), kinds.answer(content)]
+    made = examples(ChatFormat(tokenizer), messages)
+    assert [decoded(tokenizer, e.ids[a:b]) for e in made for a, b in runs(e)] == [f"{content}<turn|>"] * 2
+    for number, (example, (start, _)) in zip((2, 4), [(e, run) for e in made for run in runs(e)], strict=True):
+        prompt = server_prompt(tokenizer, messages[:number], None, "drop")
+        assert example.ids[:start].tolist() == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+def test_a_template_that_leaves_the_last_turn_open_is_named_as_that():
+    end = "('' if loop.last and turn.role == 'assistant' else '<turn|>') ~ '"
+    tokenizer = with_template(PLAIN_TURNS.replace("before ~ ", "").replace("'<turn|>", end))
+    with pytest.raises(RowDropped, match="the template does not end its turn"):
+        examples(ChatFormat(tokenizer), kinds.PLAIN["single"])
+
+
 WORDS = st.text(st.sampled_from("ab 4\n{}:,\"'<|>turn\ue000\u2028é"), min_size=1, max_size=12).filter(str.strip)
 NAMES = st.from_regex(r"[a-zA-Z_][a-z0-9_]{0,5}", fullmatch=True)
 JSON = st.recursive(

@@ -62,6 +62,24 @@ CONTENTS = {
 }
 
 
+def twice(names, kind):
+    """A table in which a column, or a field of its turns, stands twice."""
+    table = pyarrow.Table.from_arrays([pyarrow.array([name]) for name in names], names=names)
+    file = io.BytesIO()
+    if kind == ".arrow":
+        turns = pyarrow.StructArray.from_arrays([column.chunk(0) for column in table.columns], names=names)
+        table = pyarrow.table({"messages": turns})
+        with pyarrow.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    else:
+        pyarrow.parquet.write_table(table, file)
+    return file.getvalue()
+
+
+TWICE = twice(["prompt", "completion", "completion"], ".parquet")
+TWICE_INSIDE = twice(["role", "content", "content"], ".arrow")
+
+
 def values(content, name):
     return [row.value for row in read_file(io.BytesIO(content), name)]
 
@@ -99,6 +117,12 @@ def test_parts_of_compressed_files_may_follow_each_other():
         ("rows.json", json.dumps(ROWS).encode()[:-9], "truncated or unreadable after row 3"),
         ("rows.json", b'[{"role": "user"}]\n[{"role": "user"}]', "more follows the JSON array"),
         ("rows.txt", b"x", "unknown format; rows come from .jsonl"),
+        ("rows.csv", csv(end="\r"), "a carriage return alone; convert them: tr"),
+        ("rows.jsonl", lines().replace(b"\n", b"\r"), "a carriage return alone"),
+        ("rows.csv", b"prompt,completion,completion\na,good,bad\n", "there are 2 columns named completion"),
+        ("rows.csv", b'"prompt"x,completion\na,b\n', "its header cannot be read"),
+        ("rows.parquet", TWICE, "there are 2 columns named completion"),
+        ("rows.arrow", TWICE_INSIDE, "duplicate field names"),
     ],
 )  # fmt: skip
 def test_what_a_file_is_not_is_said(name, content, told):
@@ -125,6 +149,21 @@ def test_rows_of_csv_that_cannot_be_read_are_handed_on_with_the_reason(monkeypat
         (6, "line_too_long"),
         (8, "invalid_csv"),
     ]
+
+
+def test_short_floats_are_read_as_they_were_written():
+    file = io.BytesIO()
+    numbers = [0.1, None, 2.5, -3.0, float("inf")]
+    kinds = {"half": pyarrow.float16(), "single": pyarrow.float32(), "double": pyarrow.float64()}
+    columns = {name: pyarrow.array(numbers, pyarrow.float64()).cast(kind) for name, kind in kinds.items()}
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    assert values(file.getvalue(), "rows.parquet") == [dict.fromkeys(kinds, number) for number in numbers]
+
+
+def test_headers_of_csv_are_read_as_records_are():
+    """A delimiter or a line break within quotes belongs to a column's name; a table may end in nameless columns."""
+    content = b'"a;b;c;d","x\ny",prompt,,\n1,2,q,,\n'
+    assert values(content, "rows.csv") == [{"a;b;c;d": "1", "x\ny": "2", "prompt": "q", "": None}]
 
 
 def test_an_empty_file_holds_no_rows():
