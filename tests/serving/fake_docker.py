@@ -5,8 +5,9 @@ container.
 `scenario.json`: `image`: false (it has to be pulled), `pull_error`; `run_error`; `lines`: [[seconds, line], …] that the
 container prints before it listens; `exit`: the code it ends with instead of listening; `hang`: neither; `deaf`: it
 ignores SIGTERM; `answer`: the next token that each prompt is answered with, by its first token; `dies`: exit code
-`dies_after` seconds after it was asked for its version, which is once it is known to answer; `chunk_seconds` of streams;
-`bench`: how `vllm bench serve` in it goes: `exit` and `line`, `fails` (every n-th request), `sleep_seconds`. Like vLLM it ends on flags that it does not know and on a model that is not mounted.
+`dies_after` seconds after it was asked for its version, which is once it is known to answer; `chunk_seconds`: between
+pieces of a stream; `bench`: how `vllm bench serve` in it goes: `exit` and `line`, `fails` (every n-th request),
+`sleep_seconds`. Like vLLM it ends on flags that it does not know and on a model that is not mounted.
 """
 
 import http.client
