@@ -21,7 +21,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_for(reached: Callable[[], T], seconds: float = 60) -> T:
+def wait_for(reached: Callable[[], T], seconds: float = 120) -> T:
     """Asks again until the answer is true, and returns it; fails after `seconds`."""
     until = time.monotonic() + seconds
     while not (found := reached()):

@@ -27,6 +27,7 @@ from gemma4_tpu.serving.flag_checks import NO_REMOTE_CODE
 from tests.export.runs import make_run
 from tests.models.checkpoints import hf_logits
 from tests.ports import free_port
+from tests.processes import wait_for
 from tests.serving.test_checks import recipe_words
 from tests.serving.wide import WIDE, make_wide
 
@@ -86,12 +87,21 @@ def served(tmp_path):
     yield start
     for server in started:
         below = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
-        shared = {place.path for child in below for place in child.memory_maps() if place.path.startswith("/dev/shm/")}
+        shared = {path for child in below for path in _mapped(child) if path.startswith("/dev/shm/")}
         server.send_signal(signal.SIGTERM)
         _, told = server.communicate(timeout=180)
         assert server.returncode == 0, told
-        assert below and not [child for child in below if _runs(child)]
-        assert shared and not [path for path in shared if Path(path).exists()]
+        assert below and shared
+        wait_for(lambda: not any(map(_runs, below)))  # what was killed ends a moment later
+        wait_for(lambda: not [path for path in shared if Path(path).exists()])
+
+
+def _mapped(process):
+    """The files in its memory; of one that has ended meanwhile, none."""
+    try:
+        return [place.path for place in process.memory_maps()]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _runs(process):
