@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -92,8 +93,7 @@ def served(tmp_path):
         _, told = server.communicate(timeout=180)
         assert server.returncode == 0, told
         assert below and shared
-        wait_for(lambda: not any(map(_runs, below)))  # what was killed ends a moment later
-        wait_for(lambda: not [path for path in shared if Path(path).exists()])
+        wait_for(partial(_gone, below, shared))  # what was killed ends a moment later
 
 
 def _mapped(process):
@@ -102,6 +102,10 @@ def _mapped(process):
         return [place.path for place in process.memory_maps()]
     except psutil.NoSuchProcess:
         return []
+
+
+def _gone(processes, paths):
+    return not any(map(_runs, processes)) and not any(Path(path).exists() for path in paths)
 
 
 def _runs(process):
