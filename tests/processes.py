@@ -21,7 +21,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_for(reached: Callable[[], T], seconds: float = 60) -> T:
+def wait_for(reached: Callable[[], T], seconds: float = 120) -> T:
     """Asks again until the answer is true, and returns it; fails after `seconds`."""
     until = time.monotonic() + seconds
     while not (found := reached()):
@@ -30,7 +30,7 @@ def wait_for(reached: Callable[[], T], seconds: float = 60) -> T:
     return found
 
 
-def ends(pid: int, seconds: float = 10) -> bool:
+def ends(pid: int, seconds: float = 60) -> bool:
     """Waits for its end, and returns whether it came."""
     until = time.monotonic() + seconds
     while is_alive(pid):

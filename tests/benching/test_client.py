@@ -8,9 +8,26 @@ from tests.benching.conftest import cell
 FIRST, CHUNK = 0.050, 0.010
 
 
+def errors_ms(found, answers):
+    """Of each latency: what a tenth of the client's own values differ by at most from what the server did."""
+    answers = sorted(answers, key=lambda answer: answer["came"])
+    came, sent = np.array([a["came"] for a in answers]), np.array([a["sent"] for a in answers])
+    first, gaps = np.array(found["ttfts"]), np.array(found["itls"])
+    both = {
+        "ttft": (first, sent[:, 0] - came),
+        "itl": (gaps, np.diff(sent)),
+        "tpot": (gaps.mean(axis=1), np.diff(sent).mean(axis=1)),
+        "e2el": (first + gaps.sum(axis=1), sent[:, -1] - came),
+    }
+    for name, (own, _) in both.items():  # which are rounded to a microsecond, and there are 16 in a sum
+        assert found[f"median_{name}_ms"] == pytest.approx(1000 * np.median(own), abs=0.02)
+    return {name: 1000 * np.percentile(np.abs(own - truth), 10) for name, (own, truth) in both.items()}
+
+
 def test_latencies_are_right_to_2_ms(played, bench):
     """Truth is what the server did and when: on a busy machine it wakes up later than its script says. Such a machine
-    also lets client and server wait for a processor, which is no error of the client: the best of four runs counts.
+    also lets client and server wait for a processor, which is no error of the client, and not in all of the values: an
+    error of the client would be. The best of four runs counts.
     """
     server = played(first_seconds=FIRST, chunk_seconds=CHUNK)
     words = ["bench.lengths=[[32,16]]", "bench.rates=[20]", "bench.requests=30", "bench.arrivals=fixed"]
@@ -19,34 +36,28 @@ def test_latencies_are_right_to_2_ms(played, bench):
         before = len(server.answers)
         code, folder, _, _ = bench(server, *words, f"bench.seed={attempt}", run_dir=f"run{attempt}")
         assert code == 0
-        found, answers = cell(folder, "in32_out16_rate20"), server.answers[before + 2 :]  # after the warm-up
-        truth = {
-            "ttft": np.median([a["sent"][0] - a["came"] for a in answers]),
-            "itl": np.median([np.diff(a["sent"]) for a in answers]),
-            "tpot": np.median([(a["sent"][-1] - a["sent"][0]) / 15 for a in answers]),
-            "e2el": np.median([a["sent"][-1] - a["came"] for a in answers]),
-        }
-        errors.append({name: found[f"median_{name}_ms"] - 1000 * truth[name] for name in truth})
-        if max(map(abs, errors[-1].values())) < 2:
+        found = cell(folder, "in32_out16_rate20")
+        errors.append(errors_ms(found, server.answers[before + 2 :]))  # after the warm-up
+        if max(errors[-1].values()) < 2:
             break
     else:
-        pytest.fail(f"median errors in ms: {errors}")
+        pytest.fail(f"errors in ms: {errors}")
     assert found["median_ttft_ms"] >= FIRST * 1000
     assert found["completed"] == 30 and found["total_output_tokens"] == 480 and found["total_input_tokens"] == 960
     assert found["duration"] >= 30 / 20 + FIRST + 15 * CHUNK  # the last is sent after 30 / 20 s
     assert found["output_throughput"] == pytest.approx(480 / found["duration"])
     assert found["p99_marked"] == ["ttft", "tpot", "e2el"]  # 30 values; of gaps there are 450
     assert len(found["itls"]) == 30 and len(found["itls"][0]) == 15
-    assert np.median(found["ttfts"]) * 1000 == pytest.approx(found["median_ttft_ms"], abs=0.01)
 
 
 def test_tokens_that_come_together(played, bench):
     """Speculation puts several tokens into a chunk: TPOT divides by tokens, ITL doesn't."""
-    server = played(chunk_seconds=0.02, tokens_per_chunk=4, cached=0.25)
+    server = played(chunk_seconds=0.5, tokens_per_chunk=4, cached=0.25)
     code, folder, out, _ = bench(server, "bench.lengths=[[16,8]]", "bench.rates=[inf]", "bench.requests=3")
     found = cell(folder, "in16_out8_rateinf")
     assert code == 0 and found["chunks_per_token"] == 0.25
-    assert found["median_itl_ms"] > 19  # a busy machine sleeps longer than asked, so there is no upper bound
+    # A busy machine may wake up late for either chunk; were it divided by the four tokens, it would be 125.
+    assert found["median_itl_ms"] > 200
     assert found["median_tpot_ms"] == pytest.approx(found["median_itl_ms"] / 7, rel=0.01)  # 8 tokens, one gap
     assert (found["prefix_cache_hit_tokens"], found["prefix_cache_query_tokens"]) == (12, 48)  # no warm-up in it
     assert "25% of prompt tokens from the prefix cache" in out and "0.25 chunks per token" in out

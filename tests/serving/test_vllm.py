@@ -4,9 +4,9 @@ import json
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -27,6 +27,8 @@ from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.serving.flag_checks import NO_REMOTE_CODE
 from tests.export.runs import make_run
 from tests.models.checkpoints import hf_logits
+from tests.ports import free_port
+from tests.processes import wait_for
 from tests.serving.test_checks import recipe_words
 from tests.serving.wide import WIDE, make_wide
 
@@ -73,9 +75,7 @@ def served(tmp_path):
     started = []
 
     def start(*words):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         command = [sys.executable, "-m", "gemma4_tpu.serve", "serving=vllm_cpu", f"serving.executable={VLLM}", *words]
         command += [f"serving.port={port}", f"run_dir={tmp_path / 'record'}"]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
@@ -88,12 +88,24 @@ def served(tmp_path):
     yield start
     for server in started:
         below = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
-        shared = {place.path for child in below for place in child.memory_maps() if place.path.startswith("/dev/shm/")}
+        shared = {path for child in below for path in _mapped(child) if path.startswith("/dev/shm/")}
         server.send_signal(signal.SIGTERM)
-        _, told = server.communicate(timeout=60)
+        _, told = server.communicate(timeout=180)
         assert server.returncode == 0, told
-        assert below and not [child for child in below if _runs(child)]
-        assert shared and not [path for path in shared if Path(path).exists()]
+        assert below and shared
+        wait_for(partial(_gone, below, shared))  # what was killed ends a moment later
+
+
+def _mapped(process):
+    """The files in its memory; of one that has ended meanwhile, none."""
+    try:
+        return [place.path for place in process.memory_maps()]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _gone(processes, paths):
+    return not any(map(_runs, processes)) and not any(Path(path).exists() for path in paths)
 
 
 def _runs(process):
