@@ -90,10 +90,10 @@ def cluster(tmp_path_factory, monkeypatch):
     try:
         for command in (["munged", "--force", *(f"--{name}={place}" for name, place in places.items())],
                         ["slurmctld", "-c"], ["slurmd", "-N", host]):  # fmt: skip
-            started = subprocess.run(command, capture_output=True, text=True, timeout=30)
+            started = subprocess.run(command, capture_output=True, text=True, timeout=120)
             if started.returncode:
                 pytest.fail(f"SLURM does not start: {command[0]}: {started.stderr.strip()[-500:]}")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while "idle" not in (said := subprocess.run(["sinfo", "-h"], capture_output=True, text=True).stdout):
             if time.monotonic() > deadline:
                 pytest.fail(f"SLURM does not start: its node is not idle ({said.strip()})")
