@@ -104,7 +104,7 @@ def drive(url: str, pid: int, users: int, seconds: float, growth_mib: float = GR
     asyncio.run(_all_users(url, pid, load))
     deadline = time.monotonic() + DRAIN_SECONDS
     while True:
-        health = httpx.get(f"{url}/health").json()
+        health = httpx.get(f"{url}/health", timeout=60).json()
         load.under_way = health["running"] + health["waiting"]
         load.after = Footprint.of(pid)
         if not load.leaks or time.monotonic() > deadline:

@@ -10,16 +10,18 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-START_SECONDS, ANSWER_SECONDS = 60, 60
+START_SECONDS, ANSWER_SECONDS, END_SECONDS = 120, 120, 60
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--disable-extensions", "--disable-dev-shm-usage",
     "--hide-scrollbars", "--remote-debugging-port=0",
 ]  # fmt: skip
+LOADED = "document.readyState === 'complete' && location.href"
 FACTS = """(() => {
   const root = document.documentElement, width = root.clientWidth, box = e => e.getBoundingClientRect();
   const boxed = e => { for (let p = e.parentElement; p; p = p.parentElement)
@@ -54,7 +56,8 @@ class Browser:
     """One that runs; a context manager."""
 
     def __enter__(self) -> "Browser":
-        self._profile = tempfile.TemporaryDirectory()
+        # Processes of its own may outlive it for a moment, and write there.
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         log = Path(self._profile.name, "log.txt")
         with log.open("wb") as file:
             self._process = subprocess.Popen(
@@ -73,7 +76,7 @@ class Browser:
 
     def __exit__(self, *error: object) -> None:
         self._process.terminate()
-        self._process.wait(timeout=20)
+        self._process.wait(timeout=END_SECONDS)
         self._profile.cleanup()
 
     def look(self, page: Path, width: int, *, dark: bool = False) -> Seen:
@@ -82,10 +85,14 @@ class Browser:
 
     async def _look(self, page: Path, width: int, dark: bool) -> Seen:
         async with aiohttp.ClientSession() as session:
-            async with session.get(f"http://127.0.0.1:{self._port}/json/list") as answer:
-                target = next(one for one in await answer.json() if one["type"] == "page")
+            while (target := await self._page(session)) is None:  # it listens before it has one
+                await asyncio.sleep(0.05)
             async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
                 return await Tab(socket).look(page, width, dark)
+
+    async def _page(self, session: aiohttp.ClientSession) -> dict | None:
+        async with session.get(f"http://127.0.0.1:{self._port}/json/list") as answer:
+            return next((one for one in await answer.json() if one["type"] == "page"), None)
 
 
 class Tab:
@@ -104,10 +111,14 @@ class Tab:
         await self._ask("Page.navigate", url=page.absolute().as_uri())
         while not any(told["method"] == "Page.loadEventFired" for told in self._told):
             await self._hear()
-        evaluated = await self._ask("Runtime.evaluate", expression=FACTS, returnByValue=True)
-        facts = evaluated["result"]["value"]
+        while await self._evaluate(LOADED) != page.absolute().as_uri():  # the event may be that of the page before it
+            await asyncio.sleep(0.05)
+        facts = await self._evaluate(FACTS)
         picture = await self._ask("Page.captureScreenshot", captureBeyondViewport=True)
         return Seen(facts, self._said(), self._requested(), base64.b64decode(picture["data"]))
+
+    async def _evaluate(self, expression: str) -> Any:
+        return (await self._ask("Runtime.evaluate", expression=expression, returnByValue=True))["result"].get("value")
 
     async def _ask(self, method: str, **parameters) -> dict:
         self._number += 1

@@ -6,6 +6,7 @@ registry can be reached; if one can, and the tool can't be installed from it, th
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -50,8 +51,13 @@ def installed(*requirements: str) -> Path:
 def _made(requirement: str, commands: Callable[[Path], list[list[str]]]) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma4_tpu/tools"
     place = root / requirement.replace("==", "-")
-    if (place / "complete").exists():
-        return place
+    root.mkdir(parents=True, exist_ok=True)
+    with place.with_name(f"{place.name}.lock").open("w") as lock:  # other workers need it, too
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return place if (place / "complete").exists() else _make(requirement, place, commands)
+
+
+def _make(requirement: str, place: Path, commands: Callable[[Path], list[list[str]]]) -> Path:
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if uv is None:
         pytest.skip(f"{requirement} is tried only where uv can install it")

@@ -30,7 +30,7 @@ def wait_for(reached: Callable[[], T], seconds: float = 60) -> T:
     return found
 
 
-def ends(pid: int, seconds: float = 10) -> bool:
+def ends(pid: int, seconds: float = 60) -> bool:
     """Waits for its end, and returns whether it came."""
     until = time.monotonic() + seconds
     while is_alive(pid):

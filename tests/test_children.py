@@ -72,11 +72,12 @@ sys.exit(3)
     assert said == "Namespace(base_url='http://***@host/v1', key='***')\n10%|#\n20%|##\nthe end\n"
 
 
-def test_what_a_child_has_left_is_killed(tmp_path):
+def test_what_a_child_has_left_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr("gemma4_tpu.children._DRAIN_SECONDS", 300.0)
     left = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid)"
     started = time.monotonic()
     assert python(tmp_path, left) == 0
-    assert time.monotonic() - started < 5  # its output does not end by itself
+    assert time.monotonic() - started < 200  # its output does not end by itself
     assert ends(int((tmp_path / "log").read_text()))
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ class Played:
             self.process = subprocess.Popen([sys.executable, str(SERVER), json.dumps(script)], stdout=file)
         while not self._log.read_text().endswith("\n"):
             assert self.process.poll() is None
+            time.sleep(0.01)
         self.endpoint = f"http://127.0.0.1:{self._log.read_text().split()[0]}"
 
     @property

@@ -82,11 +82,12 @@ async def complete(writer, asked_for, came):
         sent.append(time.perf_counter())
         if broken:
             return writer.close()
+    # before the end of the answer: a test that has it reads this
+    print(json.dumps({"came": came, "sent": sent, "asked": asked_for}), flush=True)
     if SCRIPT["usage"]:
         event(writer, {"choices": [], "usage": {"prompt_tokens": len(prompt), "completion_tokens": tokens}})
     event(writer, "[DONE]")
     writer.write(b"0\r\n\r\n")
-    print(json.dumps({"came": came, "sent": sent, "asked": asked_for}), flush=True)
 
 
 def turn(came, chunks):

@@ -42,11 +42,12 @@ def test_latencies_are_right_to_2_ms(played, bench):
 
 def test_tokens_that_come_together(played, bench):
     """Speculation puts several tokens into a chunk: TPOT divides by tokens, ITL doesn't."""
-    server = played(chunk_seconds=0.02, tokens_per_chunk=4, cached=0.25)
+    server = played(chunk_seconds=0.5, tokens_per_chunk=4, cached=0.25)
     code, folder, out, _ = bench(server, "bench.lengths=[[16,8]]", "bench.rates=[inf]", "bench.requests=3")
     found = cell(folder, "in16_out8_rateinf")
     assert code == 0 and found["chunks_per_token"] == 0.25
-    assert found["median_itl_ms"] > 19  # a busy machine sleeps longer than asked, so there is no upper bound
+    # A busy machine may wake up late for either chunk; were it divided by the four tokens, it would be 125.
+    assert found["median_itl_ms"] > 200
     assert found["median_tpot_ms"] == pytest.approx(found["median_itl_ms"] / 7, rel=0.01)  # 8 tokens, one gap
     assert (found["prefix_cache_hit_tokens"], found["prefix_cache_query_tokens"]) == (12, 48)  # no warm-up in it
     assert "25% of prompt tokens from the prefix cache" in out and "0.25 chunks per token" in out

@@ -32,6 +32,7 @@ def record(docker, merged, port, tmp_path):
     serving.image, serving.slice, serving.port = "vllm/vllm-tpu:v0.32.0", "v6e-1", port
     checked, problems = examine_serve(root)
     assert not problems
+    docker.play(chunk_seconds=0.03)  # a busy machine adds little to that
     engine = ContainerEngine("docker")
     serving.compile_cache = None
     container = engine.run(run_words(serving, checked), container_name(serving))
@@ -57,7 +58,7 @@ def test_both_clients_see_the_same_server(record, bench, docker, port, monkeypat
     told = comparison(folder)["cells"]
     assert list(told) == ["in16_out6_rate20", "in16_out6_rateinf"]
     figures = told["in16_out6_rate20"]["figures"]
-    assert figures["median_tpot_ms"]["ratio"] == pytest.approx(1, abs=0.25)  # chunks come every 10 ms for both
+    assert figures["median_tpot_ms"]["ratio"] == pytest.approx(1, abs=0.25)  # chunks come every 30 ms for both
     place, rounds = folder / "cross_check", [f"in16_out6_rate20{again}" for again in ("", "_round2", "_round3")]
     theirs = [json.loads((place / f"{name}.json").read_text()) for name in rounds]
     ours = [cell(folder, rounds[0]), *(cell(place, name) for name in rounds[1:])]
@@ -120,7 +121,7 @@ def test_one_that_is_interrupted_leaves_no_client_behind(record, bench, docker):
     pids = []
 
     def interrupt():
-        until = time.monotonic() + 30
+        until = time.monotonic() + 120
         while not pids and time.monotonic() < until:
             for path in docker.folder.glob("containers/*/tmp-gemma4-bench/pid"):
                 pids.extend(map(int, path.read_text().split()))

@@ -200,12 +200,12 @@ def test_a_server_of_known_capacity_is_found_within_5_percent(played, bench):
 
 def test_an_overloaded_cell_is_marked_and_in_no_picture_of_latencies(played, bench):
     """Twice as many requests come as are answered: its latencies are the queue's."""
-    server = played(slots=1, first_seconds=0.01, chunk_seconds=0.01)
-    words = ["bench.lengths=[[16,2]]", "bench.rates=[100]", "bench.arrivals=fixed", "bench.requests=40"]
+    server = played(slots=1, first_seconds=0.05, chunk_seconds=0.05)
+    words = ["bench.lengths=[[16,2]]", "bench.rates=[20]", "bench.arrivals=fixed", "bench.requests=40"]
     code, folder, out, _ = bench(server, *words, "slice=v6e-8", "architecture=gemma4_31b")
     assert code == 0 and "1 of 1 cells measured (1 overloaded)" in out
-    found = cell(folder, "in16_out2_rate100")
-    assert found["state"] == "overloaded" and found["latency_growth"] == pytest.approx(1.0, abs=0.2)  # 100 / 50 - 1
+    found = cell(folder, "in16_out2_rate20")
+    assert found["state"] == "overloaded" and found["latency_growth"] == pytest.approx(1.0, abs=0.2)  # 20 / 10 - 1
     assert re.search(r"overloaded +\|.*each second of load adds \d\.\d+ s of latency", out)
     assert [path.name for path in (folder / "plots").iterdir()] == ["throughput.png"]
     (point,) = read([str(folder)]).points

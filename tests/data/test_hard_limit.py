@@ -23,8 +23,8 @@ from gemma4_tpu.errors import OVERRUN, REFUSED, UserError
 from gemma4_tpu.tracking.records import result_of
 from tests.data.conftest import chat_row
 from tests.evals.server import Server
+from tests.ports import free_port
 from tests.processes import wait_for
-from tests.serving import free_port
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

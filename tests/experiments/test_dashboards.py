@@ -27,7 +27,7 @@ def accessors(value):
 def test_the_workspace_of_a_sweep_builds_offline_and_shows_what_is_recorded(tmp_path):
     out = tmp_path / "workspace.json"
     command = [sys.executable, str(SCRIPT), "--group", "ranks", "--json", str(out)]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
     definition = json.loads(out.read_text())["spec"]["section"]
     panels = [panel for section in definition["panelBankConfig"]["sections"] for panel in section["panels"]]
     (runs,) = definition["runSets"]
@@ -54,5 +54,5 @@ def test_the_workspace_of_a_sweep_builds_offline_and_shows_what_is_recorded(tmp_
 
 
 def test_without_a_team_it_asks_for_one():
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "--entity: which user or team at W&B?" in done.stderr

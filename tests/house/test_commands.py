@@ -29,7 +29,7 @@ from gemma4_tpu.launch.tpu_vm import TPU_VM
 from gemma4_tpu.report import spelt_out
 from tests.house.commands import shown_commands
 from tests.house.scripts import ROOT
-from tests.serving import free_port
+from tests.ports import free_port
 from tests.tpu_compiler import skip_without_tpu_compiler
 
 COMMANDS = shown_commands()

@@ -51,7 +51,7 @@ def pressed(command: list[str], line: str) -> str:
         os.waitpid(child, 0)
 
 
-def read_until(terminal: int, wanted: str, seconds: float = 20) -> str:
+def read_until(terminal: int, wanted: str, seconds: float = 120) -> str:
     shown, ends = "", time.monotonic() + seconds
     while wanted not in shown and time.monotonic() < ends:
         if select.select([terminal], [], [], 0.1)[0]:
@@ -73,7 +73,7 @@ def test_tab_completes_after_one_command(shell, home, monkeypatch, capsys):
     for line, completed in TYPED.items():
         if shell == "fish":  # by the command that fish has for this: it asks a terminal more than a test can answer
             asked = ["fish", "-c", f"complete -C '{line}'"]
-            said = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout.splitlines()
+            said = subprocess.run(asked, capture_output=True, text=True, timeout=120).stdout.splitlines()
             assert [word.split("\t")[0] for word in said] == [completed.split()[-1]]
         else:
             flags = ["-i"] if shell == "bash" else ["-i", "-o", "no_global_rcs"]

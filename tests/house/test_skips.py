@@ -50,7 +50,7 @@ def check(told, place, *options):
     (place / "test_other.py").write_text("def test_runs(): pass")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", "/dev/null", *options, str(place)],
-        cwd=ROOT, env={**os.environ, "PYTEST_ADDOPTS": ""}, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, env={**os.environ, "PYTEST_ADDOPTS": ""}, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == (1 if told else 0), done.stdout + done.stderr
     assert "2 passed, 2 skipped" in done.stdout

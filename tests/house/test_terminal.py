@@ -30,7 +30,7 @@ def test_help_can_be_cut_short():
     """`--help | head -1`: no traceback when the reader has seen enough."""
     for words in ("gemma4_tpu.train --help", "gemma4_tpu"):
         command = ["bash", "-c", f"{sys.executable} -m {words} | head -1"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=os.environ)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ)
         assert done.stdout.startswith("Fine-tune Gemma 4") and done.stderr == ""
 
 

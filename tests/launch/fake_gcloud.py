@@ -77,7 +77,10 @@ def load() -> dict:
 
 
 def save(state: dict) -> None:
-    (FOLDER / "state.json").write_text(json.dumps(state))
+    """Whole or not at all: Ctrl-C may end this."""
+    part = FOLDER / f"state.{os.getpid()}"
+    part.write_text(json.dumps(state))
+    part.replace(FOLDER / "state.json")
 
 
 def scenario() -> dict:

@@ -5,15 +5,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 import gemma4_tpu
+from tests.processes import wait_for
 
 DEMO = Path(gemma4_tpu.__file__).parents[1] / "launch/demo.sh"
+WAIT_SECONDS = 180
+"""Each step starts a Python."""
 PRETENDS = """#!{python}
 import os, sys, time
 words = sys.argv[1:]
@@ -53,10 +55,8 @@ class Demo:
         return {name: rest for name, *rest in map(str.split, lines)}
 
     def wait_for(self, step: str) -> None:
-        deadline = time.monotonic() + 30
-        while step not in self.steps:
-            assert time.monotonic() < deadline and self.process.poll() is None
-            time.sleep(0.05)
+        wait_for(lambda: step in self.steps or self.process.poll() is not None, seconds=WAIT_SECONDS)
+        assert step in self.steps
 
     def server_is_gone(self) -> bool:
         return not psutil.pid_exists(int(self.steps["serve"][0]))
@@ -64,7 +64,7 @@ class Demo:
 
 def test_the_whole_path_in_order_around_one_run_folder(tmp_path):
     demo = Demo(tmp_path)
-    assert demo.process.wait(60) == 0
+    assert demo.process.wait(WAIT_SECONDS) == 0
     assert list(demo.steps) == ["train", "merge", "evaluate", "serve", "bench", "report"]
     assert demo.steps["train"][1:] == [f"run_dir={tmp_path / 'run'}", "lora.rank=8"]
     assert demo.steps["report"][1:] == [f"run={tmp_path / 'run'}", "prices={local:0.10}"]
@@ -73,14 +73,14 @@ def test_the_whole_path_in_order_around_one_run_folder(tmp_path):
 
 def test_a_step_that_fails_ends_it_and_the_server(tmp_path):
     demo = Demo(tmp_path, FAILS="bench")
-    assert demo.process.wait(60) == 1
+    assert demo.process.wait(WAIT_SECONDS) == 1
     assert "report" not in demo.steps
     assert demo.server_is_gone()
 
 
 def test_a_server_that_does_not_start_ends_it(tmp_path):
     demo = Demo(tmp_path, FAILS="serve")
-    assert demo.process.wait(60) == 1
+    assert demo.process.wait(WAIT_SECONDS) == 1
     assert "bench" not in demo.steps
 
 
@@ -96,5 +96,5 @@ def test_a_signal_ends_it_and_the_server(number, code, to_all, tmp_path):
     demo = Demo(tmp_path, HANGS="bench")
     demo.wait_for("bench")
     (os.killpg if to_all else os.kill)(demo.process.pid, number)
-    assert demo.process.wait(60) == code
+    assert demo.process.wait(WAIT_SECONDS) == code
     assert demo.server_is_gone()

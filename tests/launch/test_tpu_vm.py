@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 
 import pytest
 
@@ -18,6 +17,7 @@ from gemma4_tpu.hardware import SLICES
 from gemma4_tpu.launch import parcel, tpu_vm
 from gemma4_tpu.launch.record import saved
 from tests.launch.conftest import GIT, PLACE, ROOT, RUN
+from tests.processes import wait_for
 
 QUOTA = (
     "RESOURCE_EXHAUSTED: Quota limit 'TPUV5PPerProjectPerZoneForTPUAPI' has been exceeded. Limit: 0 in zone us-east5-a."
@@ -154,11 +154,9 @@ def test_ctrl_c_says_what_still_runs_and_how_to_delete_it(played, tmp_path):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not played.asked("describe") and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: played.asked("describe") or process.poll() is not None, seconds=180)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=180)
     (name,) = played.resources  # nothing is deleted behind the user's back
     assert process.returncode == 130
     assert f"{name} is still in the queue or up" in error and "$16.80 per hour" in error

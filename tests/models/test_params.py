@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ from gemma4_tpu.models.params import by_name, load_params, random_params
 from gemma4_tpu.models.tensorfile import Checkpoint, TensorFile
 from tests.cpu_compiler import flags
 from tests.models.checkpoints import KINDS, make_checkpoint
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(devices=8)}
@@ -311,9 +311,7 @@ print(json.dumps({"sum": float(total), "up": read["model.layers.3.mlp.up_proj.we
 def test_two_processes_read_what_their_own_devices_hold(tmp_path):
     """fsdp spans the processes: each reads its half of a matrix, and all of a replicated vector."""
     folder = make_checkpoint("dense")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     env = ENVIRONMENT | {"XLA_FLAGS": flags(devices=4)}
     processes = [
         subprocess.Popen(

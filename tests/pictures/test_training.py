@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from gemma4_tpu import Gemma4, api
 from gemma4_tpu.config.lists import as_word
 from gemma4_tpu.models.tensorfile import Checkpoint
 from tests.cpu_compiler import flags
+from tests.ports import free_port
 
 SETTINGS = {
     "model": "tiny_e2b", "data": "chat_jsonl", "data.sequence_length": 128, "lora.rank": 2,
@@ -86,13 +86,10 @@ def test_merged_and_peft_load_in_transformers_with_the_tower_as_it_was(run, base
 @pytest.mark.slow
 def test_two_processes_share_the_pictures_and_learn_the_same(run, tmp_path):
     done, words, folder = run
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
     more = {
         "data.image_cache": tmp_path / "cache", "run_dir": tmp_path / "run", "mesh.fsdp": 2, "mesh.tp": 1,
         "trainer.max_updates": 2, "trainer.sample_prompts": 0, "distributed.num_processes": 2,
-        "distributed.coordinator_address": address,
+        "distributed.coordinator_address": f"localhost:{free_port()}",
     }  # fmt: skip
     command = [as_word(key, str(value) if isinstance(value, Path) else value) for key, value in (words | more).items()]
     processes = [

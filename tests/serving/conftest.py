@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from safetensors.numpy import save_file
 from gemma4_tpu import assets
 from gemma4_tpu.architectures import ARCHITECTURES, to_hf_config
 from gemma4_tpu.serve import main
+from tests.ports import free_port
 from tests.serving import TINY, fake_docker_path
 
 MODULE = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
@@ -72,9 +72,7 @@ def docker(tmp_path, monkeypatch):
 
 @pytest.fixture
 def port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    return free_port()
 
 
 @pytest.fixture
@@ -148,7 +146,7 @@ def stop_when_ready(serve):
 
     def arm(number=signal.SIGINT, sign="ready"):
         def watch():
-            until = time.monotonic() + 20
+            until = time.monotonic() + 120
             path = serve.record / "log.txt"
             while time.monotonic() < until:
                 if path.exists() and sign in path.read_text():

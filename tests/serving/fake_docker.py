@@ -4,8 +4,9 @@ container.
 
 `scenario.json`: `image`: false (it has to be pulled), `pull_error`; `run_error`; `lines`: [[seconds, line], …] that the
 container prints before it listens; `exit`: the code it ends with instead of listening; `hang`: neither; `deaf`: it
-ignores SIGTERM; `answer`: the next token that each prompt is answered with, by its first token; `dies`: exit code some
-time after it has answered; `bench`: how `vllm bench serve` in it goes: `exit` and `line`, `fails` (every n-th request),
+ignores SIGTERM; `answer`: the next token that each prompt is answered with, by its first token; `dies`: exit code
+`dies_after` seconds after it was asked for its version, which is once it is known to answer; `chunk_seconds`: between
+pieces of a stream; `bench`: how `vllm bench serve` in it goes: `exit` and `line`, `fails` (every n-th request),
 `sleep_seconds`. Like vLLM it ends on flags that it does not know and on a model that is not mounted.
 """
 
@@ -21,6 +22,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -39,6 +41,13 @@ def fail(message: str, code: int = 1) -> None:
 def scenario() -> dict:
     path = FOLDER / "scenario.json"
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all: others look for it."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text)
+    part.replace(path)
 
 
 def place(name: str, what: str = "container") -> Path:
@@ -114,13 +123,13 @@ def run(words: list[str]) -> None:
     own = os.urandom(32).hex()
     folder = FOLDER / "containers" / own
     folder.mkdir(parents=True)
-    (folder / "name").write_text(options["--name"][0])
+    write(folder / "name", options["--name"][0])
     environment = {}
     for name, equals, value in (word.partition("=") for word in options.get("--env", [])):
         environment[name] = value if equals else os.environ[name]
     about = {"image": image, "command": command, "mounts": mounts, "environment": environment}
-    (folder / "about.json").write_text(json.dumps(about))
-    (FOLDER / "last.json").write_text(json.dumps(about))
+    write(folder / "about.json", json.dumps(about))
+    write(FOLDER / "last.json", json.dumps(about))
     (folder / "log").touch()
     print(own)
     sys.stdout.flush()
@@ -129,7 +138,7 @@ def run(words: list[str]) -> None:
     null = subprocess.DEVNULL
     command = [sys.executable, "-S", "-E", __file__, "_container", own]
     process = subprocess.Popen(command, start_new_session=True, stdin=null, stdout=null, stderr=null)
-    (folder / "pid").write_text(str(process.pid))
+    write(folder / "pid", str(process.pid))
 
 
 def inside(folder: Path, words: list[str]) -> None:
@@ -162,13 +171,14 @@ def state(folder: Path) -> dict:
 def end(folder: Path, seconds: float) -> None:
     """SIGTERM, and SIGKILL after so many seconds."""
     until = time.monotonic() + seconds
-    if seconds and alive(folder):
-        os.kill(int((folder / "pid").read_text()), signal.SIGTERM)
-    while alive(folder):
-        if time.monotonic() >= until:
-            os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
-            (folder / "code").write_text("137")
-        time.sleep(0.01)
+    with suppress(ProcessLookupError):  # it has ended by itself
+        if seconds and alive(folder):
+            os.kill(int((folder / "pid").read_text()), signal.SIGTERM)
+        while alive(folder):
+            if time.monotonic() >= until:
+                os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
+                write(folder / "code", "137")
+            time.sleep(0.01)
 
 
 def follow(folder: Path) -> None:
@@ -189,7 +199,7 @@ def container(folder: Path) -> None:
             log.write(line + "\n")
 
     def leave(code: int) -> None:
-        (folder / "code").write_text(str(code))
+        write(folder / "code", str(code))
         os._exit(code)
 
     server(json.loads((folder / "about.json").read_text()), say, leave)
@@ -199,7 +209,7 @@ def process(words: list[str]) -> None:
     """A vLLM without a container, with a process of its own that does not end by itself."""
     child = subprocess.Popen(["sleep", "600"])
     about = {"command": words, "mounts": {words[1]: words[1]}, "environment": dict(os.environ), "child": child.pid}
-    (FOLDER / "last.json").write_text(json.dumps(about))
+    write(FOLDER / "last.json", json.dumps(about))
     server(about, lambda line: print(line, flush=True), os._exit)
 
 
@@ -232,6 +242,9 @@ def server(about: dict, say: Callable[[str], None], leave: Callable[[int], None]
         def do_GET(self):
             bodies = {"/v1/models": {"data": [{"id": name}]}, "/version": {"version": "0.32.0+played"}}
             self.reply(200, bodies.get(self.path, {}))
+            if self.path == "/version" and (code := play.get("dies")) is not None:
+                die = lambda: (say("RuntimeError: engine died"), leave(code))  # noqa: E731
+                threading.Timer(play["dies_after"], die).start()
 
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -246,7 +259,7 @@ def server(about: dict, say: Callable[[str], None], leave: Callable[[int], None]
             self.send_response(200)
             self.end_headers()
             for number in range(tokens):
-                time.sleep(0.01)
+                time.sleep(play.get("chunk_seconds", 0.01))
                 choice = {"text": " x", "finish_reason": "length" if number + 1 == tokens else None}
                 self.event({"choices": [choice]})
             self.event({"choices": [], "usage": {"completion_tokens": tokens}})
@@ -268,8 +281,6 @@ def server(about: dict, say: Callable[[str], None], leave: Callable[[int], None]
         say(f"OSError: [Errno 98] Address already in use ({error})")
         leave(1)
     say("INFO:     Application startup complete.")
-    if (code := play.get("dies")) is not None:
-        threading.Timer(play.get("dies_after", 1.0), lambda: (say("RuntimeError: engine died"), leave(code))).start()
     server.serve_forever()
 
 

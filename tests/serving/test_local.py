@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
+from functools import partial
 
 import httpx
 import numpy as np
@@ -19,51 +19,70 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.serving_load import drive
 from gemma4_tpu import Gemma4
 from gemma4_tpu.evaluate import main as evaluate
-from tests.serving import TINY, free_port
+from tests.ports import free_port
+from tests.processes import wait_for
+from tests.serving import TINY
 
 LONGEST = 320  # the tiny model's window is 128 tokens
 PROMPTS = ["module a", "module adder(input [3:0] a, input [3:0] b, output [4:0] y);\n" * 7, "x", "assign y ="]
 GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 24}
 
 
+get, post = (partial(method, timeout=120) for method in (httpx.get, httpx.post))
+
+
 @pytest.fixture(scope="module")
-def starting(tmp_path_factory):
-    """A server that starts: three answers at a time, prompts read 50 tokens at a time."""
-    folder, port = tmp_path_factory.mktemp("local"), free_port()
-    words = ["serving=local", f"run={TINY}", f"serving.port={port}", f"run_dir={folder / 'record'}", "name=servings"]
-    words += ["serving.max_num_seqs=3", "serving.max_num_batched_tokens=50", f"serving.max_model_len={LONGEST}"]
-    with (folder / "stderr").open("w") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gemma4_tpu.serve", *words], stdout=subprocess.PIPE, stderr=stderr, text=True
-        )
-    process.record, process.url, process.log = folder / "record", f"http://127.0.0.1:{port}", folder / "stderr"
-    yield process
-    if process.poll() is None:
+def servers(tmp_path_factory):
+    """Servers that were started, of which the last may run: three answers at a time, prompts read 50 tokens at a time;
+    and what starts another one.
+    """
+    started = []
+
+    def start():
+        folder, port = tmp_path_factory.mktemp("local"), free_port()
+        words = ["serving=local", f"run={TINY}", f"serving.port={port}", f"run_dir={folder / 'record'}"]
+        words += ["serving.max_num_seqs=3", "serving.max_num_batched_tokens=50", f"serving.max_model_len={LONGEST}"]
+        with (folder / "stderr").open("w") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "gemma4_tpu.serve", *words, "name=servings"], stdout=subprocess.PIPE,
+                stderr=stderr, text=True,
+            )  # fmt: skip
+        process.record, process.url, process.log = folder / "record", f"http://127.0.0.1:{port}", folder / "stderr"
+        process.told = []
+        started.append(process)
+
+    start()
+    yield started, start
+    for process in started:
         process.kill()
-    process.communicate()
+        process.communicate()
 
 
-@pytest.fixture(scope="module")
-def server(starting, reference):  # the reference is loaded meanwhile
-    """(process, URL)"""
-    told = [starting.stdout.readline(), starting.stdout.readline()]
-    assert told == [f"endpoint: {starting.url}/v1\n", "model: tiny\n"], starting.log.read_text()
-    return starting, starting.url
+@pytest.fixture
+def server(servers, reference):  # the reference is loaded meanwhile
+    """(process, URL) of one that answers: another one after the test that ends it, wherever its worker has that."""
+    started, start = servers
+    if started[-1].poll() is not None:
+        start()
+    process = started[-1]
+    process.told = process.told or [process.stdout.readline(), process.stdout.readline()]
+    assert process.told == [f"endpoint: {process.url}/v1\n", "model: tiny\n"], process.log.read_text()
+    return process, process.url
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def url(server):
     return server[1]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client(url):
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as made:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def reference(starting):
+def reference(servers):
     """transformers' own greedy tokens for a prompt's tokens."""
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     model.tokenizer = AutoTokenizer.from_pretrained(TINY)
@@ -92,7 +111,7 @@ def test_greedy_tokens_are_those_of_transformers_alone_and_among_others(client, 
     assert alone == wanted
 
     async def at_once():
-        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as many:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as many:
             given = [*PROMPTS, *encoded] * 2  # tokens stand for the text that they are of
             asked = [
                 many.completions.create(prompt=p, **GREEDY | {"max_tokens": 24 - i}, **WITH_IDS)
@@ -130,7 +149,7 @@ def test_a_stream_is_the_same_answer_in_a_chunk_per_token(client, url):
     assert last.choices == []
     assert parts[-1].choices[0].finish_reason == whole.choices[0].finish_reason
     body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "stream": True}
-    raw = httpx.post(f"{url}/v1/chat/completions", json=body).text
+    raw = post(f"{url}/v1/chat/completions", json=body).text
     assert raw.endswith("data: [DONE]\n\n")
     first = json.loads(raw.splitlines()[0].removeprefix("data: "))
     assert first["choices"][0]["delta"]["role"] == "assistant"
@@ -177,7 +196,7 @@ def test_seeds_draw_the_same_again_and_choices_differ(client):
     ],
 )
 def test_refusals_are_openais(url, changes, status, told):
-    answer = httpx.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "x"} | changes)
+    answer = post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "x"} | changes)
     assert answer.status_code == status
     error = answer.json()["error"]
     assert told in error["message"]
@@ -185,11 +204,11 @@ def test_refusals_are_openais(url, changes, status, told):
 
 
 def test_what_is_no_request_is_refused(url, client):
-    bad = httpx.post(f"{url}/v1/completions", content=b'{"prompt": ', headers={"content-type": "application/json"})
+    bad = post(f"{url}/v1/completions", content=b'{"prompt": ', headers={"content-type": "application/json"})
     assert (bad.status_code, bad.json()["error"]["type"]) == (400, "invalid_request_error")
     assert "not readable JSON" in bad.json()["error"]["message"]
-    assert httpx.get(f"{url}/v1/nothing").status_code == 404
-    assert httpx.get(f"{url}/v1/completions").status_code == 405
+    assert get(f"{url}/v1/nothing").status_code == 404
+    assert get(f"{url}/v1/completions").status_code == 405
     with pytest.raises(openai.BadRequestError, match="reads text only"):
         client.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
@@ -205,13 +224,14 @@ def test_health_and_metrics_count(url, client):
     after = counted(url)
     assert after["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"] == 24
     assert after["vllm:prompt_tokens_total"] - before["vllm:prompt_tokens_total"] == 3
-    assert httpx.get(f"{url}/health").json() == {"status": "ready", "running": 0, "waiting": 0}
+    # an answer is told before its place is given up
+    wait_for(lambda: get(f"{url}/health").json() == {"status": "ready", "running": 0, "waiting": 0})
 
 
 def counted(url):
     """Each metric's name and value; those with several labels are summed."""
     found = Counter()
-    for line in httpx.get(f"{url}/metrics").text.splitlines():
+    for line in get(f"{url}/metrics").text.splitlines():
         if "{" in line:
             found[line.split("{")[0]] += float(line.split()[-1])
     return found
@@ -224,10 +244,7 @@ def test_a_client_that_leaves_ends_its_answer(url):
         next(answer.iter_lines())
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{url}/v1/completions", json=body, timeout=0.3)
-    deadline = time.monotonic() + 10
-    while any(httpx.get(f"{url}/health").json()[key] for key in ("running", "waiting")):
-        assert time.monotonic() < deadline, "still at it"
-        time.sleep(0.05)
+    wait_for(lambda: not any(get(f"{url}/health").json()[key] for key in ("running", "waiting")))
     assert counted(url)["vllm:generation_tokens_total"] - before < 40 * (LONGEST - 1)  # of twice as many
 
 
@@ -281,15 +298,15 @@ def test_many_users_at_once_and_nothing_of_them_stays(server):
     assert {after[f"vllm:prefix_cache_{kind}_total"] for kind in ("hits", "queries")} == {0}  # there is none
 
 
-def test_sigterm_ends_streams_and_server_within_seconds(server):  # the last one: it ends the module's server
+def test_sigterm_ends_streams_and_server_within_seconds(server):
     process, url = server
     body = {"prompt": [5], "max_tokens": LONGEST - 1, "ignore_eos": True, "n": 40, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as answer:
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as answer:
         lines = answer.iter_lines()
         next(lines)
         threading.Timer(0.1, process.send_signal, [signal.SIGTERM]).start()
         rest = [line for line in lines if line]
     assert "the server is stopped" in rest[-1]
-    assert process.wait(timeout=10) == 0
+    assert process.wait(timeout=60) == 0  # all that was asked for takes minutes
     result = json.loads((process.record / "result.json").read_text())
     assert (result["status"], result["slice"], result["model"]) == ("stopped", "local", "tiny")

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from gemma4_tpu.serve import main
 from gemma4_tpu.serving import local, local_checks
-from tests.serving import TINY, free_port
+from tests.ports import free_port
+from tests.serving import TINY
 
 
 @pytest.mark.parametrize(

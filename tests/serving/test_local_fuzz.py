@@ -2,11 +2,11 @@
 
 import json
 import random
-import time
 
 import pytest
 
 from gemma4_tpu.serving.local_engine import READY
+from tests.processes import wait_for
 from tests.serving.local_requests import ASK, CHAT, SPIN, called, chat, completions, schema, send, tool
 
 REQUESTS = 2400
@@ -78,10 +78,7 @@ def test_thousands_of_hostile_requests_leave_it_answering_as_before(tiny_engine)
     assert REQUESTS / 8 < len(taken) < REQUESTS * 0.9  # both kinds came
     assert not any(b'"error"' in answer.content for answer in taken)  # of a stream
     assert [told(answer) for answer in send(tiny_engine, good)] == before
-    deadline = time.monotonic() + 10
-    while tiny_engine.counts != (0, 0):  # an answer is told before its place is given up
-        assert time.monotonic() < deadline, tiny_engine.counts
-        time.sleep(0.01)
+    wait_for(lambda: tiny_engine.counts == (0, 0))  # an answer is told before its place is given up
     assert tiny_engine.state == READY
 
 

@@ -19,7 +19,8 @@ from gemma4_tpu.serving.local_metrics import Metrics
 from gemma4_tpu.serving.local_process import WorkRefused
 from gemma4_tpu.serving.local_template import TemplateProcess
 from gemma4_tpu.templates import arguments
-from tests.serving import TINY, free_port
+from tests.ports import free_port
+from tests.serving import TINY
 from tests.serving.local_requests import ASK, CHAT, SPIN, called, chat, completions, schema, send, started, tool
 
 VOCABULARY = 512
@@ -194,7 +195,7 @@ def test_sigterm_ends_the_server_while_it_loads_and_while_a_template_loops(momen
             while not _answers(port):
                 assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == (0 if moment == "rendering" else 128 + signal.SIGTERM)
+        assert process.wait(timeout=120) == (0 if moment == "rendering" else 128 + signal.SIGTERM)
     finally:
         process.kill()
         process.communicate()
@@ -216,7 +217,7 @@ leave(main())
 def _answers(port):
     """HTTP listens, which it does before the checkpoint is loaded."""
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 503
+        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=120).status_code == 503
     except httpx.ConnectError:
         time.sleep(0.05)
         return False

@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from tests.processes import wait_for
+
 SLOW = [
     [0.0, "INFO 10-01 10:00:00 [api_server.py:1] non-default args: {'model': '/model'}"],
     [0.1, "Loading safetensors checkpoint shards:  50% Completed | 1/2 [00:01<00:01,  1.00s/it]"],
@@ -30,7 +32,9 @@ def test_a_server_starts_compiles_answers_and_leaves_nothing(
     docker.play(image=False, lines=[*SLOW, [0.0, f"INFO the token is {secret}"]], answer={"5": 11, "8": 12})
     before = sorted(tmp_path.glob("*"))
     stop_when_ready(signal.SIGTERM)
+    started = time.monotonic()
     assert serve(model) == 0
+    seconds = time.monotonic() - started
     shown, done = capsys.readouterr(), result(serve)
     assert f"endpoint: {done['endpoint']}\nmodel: model" in shown.out
     log = (serve.record / "log.txt").read_text()
@@ -39,7 +43,7 @@ def test_a_server_starts_compiles_answers_and_leaves_nothing(
     assert "Precompile backbone" in (serve.record / "server.log").read_text()
     assert "serving: from the paper, section 7" in " ".join(shown.err.split())  # before the start
     assert (done["status"], done["version"], done["probe"]["as_merged"]) == ("stopped", "0.32.0+played", 2)
-    assert 0.4 < done["ready_seconds"] < 10
+    assert 0 < done["ready_seconds"] < seconds
     assert ["pull", "vllm/vllm-tpu:v0.32.0"] in docker.calls
     assert done["image_digest"] == "vllm/vllm-tpu@sha256:" + "0" * 64
     assert docker.containers == []
@@ -114,8 +118,8 @@ def test_a_server_that_dies_later_is_told(serve, merged, docker, capsys):
 
 
 def test_no_answer_in_time(serve, merged, docker, capsys):
-    docker.play(lines=SLOW, hang=True)
-    assert serve(merged(), "serving.ready_timeout_seconds=0.8") == 2
+    docker.play(lines=[[0, line] for _, line in SLOW], hang=True)
+    assert serve(merged(), "serving.ready_timeout_seconds=4") == 2  # far more than a busy machine takes to say all that
     told = capsys.readouterr().err
     assert "does not answer after" in told and "compiling, 2 programs done" in told
     assert docker.containers == []
@@ -165,12 +169,9 @@ def test_a_signal_while_it_compiles(process, merged, docker, tmp_path):
     docker.play(lines=SLOW, hang=True)
     running = process(merged())
     log = tmp_path / "record" / "log.txt"
-    until = time.monotonic() + 20
-    while not (log.exists() and "compiling" in log.read_text()):
-        assert time.monotonic() < until and running.poll() is None
-        time.sleep(0.02)
+    wait_for(lambda: running.poll() is not None or (log.exists() and "compiling" in log.read_text()), seconds=120)
     running.send_signal(signal.SIGINT)
-    running.communicate(timeout=20)
+    running.communicate(timeout=120)
     assert running.returncode == 130
     assert docker.containers == []
     assert json.loads((tmp_path / "record/result.json").read_text())["status"] == "interrupted"
@@ -185,11 +186,12 @@ def heeding_sighup():
 
 
 @pytest.mark.usefixtures("heeding_sighup")
-def test_a_second_signal_kills_a_server_that_does_not_end(serve, stop_when_ready, merged, docker):
+def test_a_second_signal_kills_a_server_that_does_not_end(serve, stop_when_ready, merged, docker, monkeypatch):
+    monkeypatch.setattr("gemma4_tpu.serving.server.STOP_SECONDS", 400)
     docker.play(deaf=True)
     stop_when_ready(signal.SIGHUP)
     stop_when_ready(signal.SIGINT, sign="stopping the server")
     started = time.monotonic()
     assert serve(merged()) == 0
-    assert time.monotonic() - started < 10  # far less than the 30 s that it had
+    assert time.monotonic() - started < 200  # far less than it had
     assert docker.containers == []

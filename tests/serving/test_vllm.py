@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.serving.flag_checks import NO_REMOTE_CODE
 from tests.export.runs import make_run
 from tests.models.checkpoints import hf_logits
+from tests.ports import free_port
 from tests.serving.test_checks import recipe_words
 from tests.serving.wide import WIDE, make_wide
 
@@ -73,9 +73,7 @@ def served(tmp_path):
     started = []
 
     def start(*words):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         command = [sys.executable, "-m", "gemma4_tpu.serve", "serving=vllm_cpu", f"serving.executable={VLLM}", *words]
         command += [f"serving.port={port}", f"run_dir={tmp_path / 'record'}"]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
@@ -90,7 +88,7 @@ def served(tmp_path):
         below = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
         shared = {place.path for child in below for place in child.memory_maps() if place.path.startswith("/dev/shm/")}
         server.send_signal(signal.SIGTERM)
-        _, told = server.communicate(timeout=60)
+        _, told = server.communicate(timeout=180)
         assert server.returncode == 0, told
         assert below and not [child for child in below if _runs(child)]
         assert shared and not [path for path in shared if Path(path).exists()]

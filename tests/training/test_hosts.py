@@ -13,7 +13,7 @@ from gemma4_tpu.errors import PREEMPTED, UserError
 from gemma4_tpu.tracking.result import Result
 from gemma4_tpu.training.hosts import Hosts
 from gemma4_tpu.training.saved import open_saved
-from tests.serving import free_port
+from tests.ports import free_port
 from tests.training.test_resume import kill_when, rows
 
 SHORT = [
