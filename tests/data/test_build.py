@@ -160,7 +160,7 @@ def test_a_row_that_takes_too_long_is_dropped_and_the_next_ones_are_not(write_js
 
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     loop = "{% if 'x y' in messages[-1].content %}" + endless + "{% endif %}"
-    monkeypatch.setattr(timeout, "ROW_SECONDS", 0.3)
+    monkeypatch.setattr(timeout, "ROW_SECONDS", 1.0)
     slow = chat_row("add two", "is x y")
     built = build_data(
         config(write_jsonl([slow, *rows(3), slow]), max_drop_fraction=0.5), make_tokenizer(loop + TEMPLATE)

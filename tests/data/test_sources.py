@@ -128,10 +128,11 @@ def test_embedded_rows_travel_with_the_package():
 def test_remote_rows_through_fsspec(tmp_path):
     import fsspec
 
-    with fsspec.open("memory://bucket/rows.jsonl", "w") as stream:
+    folder = f"memory://{tmp_path.name}"  # other tests put files into the same memory
+    with fsspec.open(f"{folder}/rows.jsonl", "w") as stream:
         stream.write(json.dumps(ROWS[0]) + "\n")
-    assert values("memory://bucket/rows.jsonl") == ROWS[:1]
-    assert [str(row.origin) for row in read_rows("memory://bucket/")] == ["memory://bucket/rows.jsonl:1"]
+    assert values(f"{folder}/rows.jsonl") == ROWS[:1]
+    assert [str(row.origin) for row in read_rows(f"{folder}/")] == [f"{folder}/rows.jsonl:1"]
 
 
 def test_unreadable_lines_are_reported_with_their_number(tmp_path, monkeypatch):

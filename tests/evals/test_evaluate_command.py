@@ -145,7 +145,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(tmp_path, cache):
         folder = tmp_path / "killed"
         samples = folder / "samples.jsonl"
         process = subprocess.Popen([*command, f"run_dir={folder}"], stdout=subprocess.DEVNULL, start_new_session=True)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not (samples.exists() and samples.read_text().count("\n") >= 5) and time.monotonic() < deadline:
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
@@ -154,13 +154,16 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(tmp_path, cache):
         with samples.open("a") as file:
             file.write('{"problem": "heldout_wi')
         asked = len(server.bodies)
-        done = subprocess.run([*command, f"run_dir={folder}"], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([*command, f"run_dir={folder}"], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert 5 <= stored < 24
-        assert len(server.bodies) - asked == 24 - stored
+        bodies = server.bodies[asked:]
+        different = {(body["messages"][-1]["content"], body["seed"]) for body in bodies}
+        assert len(different) == 24 - stored
+        assert len(bodies) - len(different) in (0, 1)  # the last request of the one that was killed may come late
         again = tmp_path / "whole"
         faster = ["eval.concurrency=8", f"run_dir={again}"]  # may change, as it decides nothing
-        assert subprocess.run([*command, *faster], capture_output=True, timeout=120).returncode == 0
+        assert subprocess.run([*command, *faster], capture_output=True, timeout=300).returncode == 0
     assert passes(folder) == passes(again)
     assert EvaluationOutcome.read(folder / "result.json").missing == 0
 

@@ -102,6 +102,7 @@ if {fills}:
     kept = []
     while True:
         kept.append(b"x" * 2**24)
+        time.sleep(0.02)
 place = pathlib.Path(told["output_path"], "m")
 place.mkdir(parents=True)
 found = {{"results": {{"toy": {{"acc,none": 1.0}}}}, "config": told, "lm_eval_version": "0.4.13"}}
@@ -148,14 +149,15 @@ def test_secrets_that_lm_eval_is_given_are_in_no_file_of_ours(played, tmp_path, 
 
 def test_one_that_hangs_or_fills_memory_is_ended(played, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", SECRETS["HF_TOKEN"])
-    monkeypatch.setattr("gemma4_tpu.evals.harness_job.SILENT_SECONDS", 0.5)
+    monkeypatch.setattr("gemma4_tpu.evals.harness_job.SILENT_SECONDS", 1.5)
     words = ["eval.request_timeout_seconds=0.1", "eval.retries=4"]
     with ScoringServer(COLOURS) as server:
         assert played(server.url, *words, hangs=True) == 2
         told = capsys.readouterr().err
-        assert "lm_eval has printed nothing for 1 s and was ended" in told and "embedded:tiny is to blame" in told
+        assert "lm_eval has printed nothing for 2 s and was ended" in told and "embedded:tiny is to blame" in told
         free = type("Memory", (), {"available": 2**29})
         monkeypatch.setattr("gemma4_tpu.evals.harness_job.psutil.virtual_memory", lambda: free)
+        monkeypatch.setattr("gemma4_tpu.evals.harness_job.SILENT_SECONDS", 300)
         assert played(server.url, fills=True) == 2
         assert (
             "lm_eval took more than 0.2 GiB, half of the memory that was free, and was ended" in capsys.readouterr().err

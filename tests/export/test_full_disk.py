@@ -59,7 +59,7 @@ def test_a_disk_that_fills_halfway(tmp_path, merge):
     disk.mkdir()
     words = [*MERGE, f"run={run}", f"target={disk}/model", f"run_dir={run}/record"]
     command = ["unshare", "-rm", sys.executable, "-c", INSIDE, str(disk), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     first, again = done.stdout.split("AGAIN")
     assert f"error: target={disk}/model: the disk is full; free some space, and the same command resumes" in first

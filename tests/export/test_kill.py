@@ -70,15 +70,15 @@ def test_killed_at_random_points_it_goes_on_and_ends_with_the_same_bytes(tiny_ru
             time.sleep(0.001)
         time.sleep(rng.random() * 0.02)
         process.send_signal(signal.SIGKILL)
-        _, told = process.communicate(timeout=60)
+        _, told = process.communicate(timeout=200)
         resumed += "resuming an interrupted export" in told
-        if process.returncode == 0:
-            break
+        if process.returncode == 0 or (tiny_run / "merged").exists():
+            break  # it was published before the signal came: whole, as is seen below
         kills += 1
         assert looks_finished(tiny_run) == []
     assert kills >= 2 and resumed >= 1
     if not (tiny_run / "merged").exists():
-        last = subprocess.run([*MERGE, f"run={tiny_run}"], check=True, capture_output=True, text=True, timeout=120)
+        last = subprocess.run([*MERGE, f"run={tiny_run}"], check=True, capture_output=True, text=True, timeout=300)
         assert "(done before)" in last.stderr
     assert tree(tiny_run / "merged") == tree(reference)
     assert not staging.exists()
@@ -160,7 +160,7 @@ def test_two_exports_to_one_target(tiny_run, refused):
     other.stdout.readline()
     assert "another process is exporting there" in refused(f"run={tiny_run}", "verify=false")
     assert (staging / JOURNAL).exists()
-    other.communicate("\n", timeout=20)
+    other.communicate("\n", timeout=60)
 
 
 def test_a_kill_between_the_renames_of_a_replacement_puts_the_old_model_back(tiny_run, merge, monkeypatch):
@@ -197,5 +197,5 @@ def test_memory_does_not_grow_with_the_size_of_a_tensor(tmp_path):
         "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]); sys.exit(code)"
     )
     command = [sys.executable, "-c", code, f"run={run}", "verify=stream"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True)
     assert int(done.stdout.split()[-1]) * 1024 < 980e6

@@ -1,7 +1,7 @@
 """A reward for runs of the command line.
 
-`NOTES` names a file that takes what it gave; with `KILLED_AT` n the process is killed the n-th time it is asked, or
-gets the signal whose number `SIGNAL` is.
+`NOTES` names a file that takes what it gave; with `KILLED_AT` n the process is killed when it is asked about its n-th
+answer, or gets the signal whose number `SIGNAL` is. How many answers it is asked about at a time is a matter of chance.
 """
 
 import json
@@ -9,14 +9,14 @@ import os
 import signal
 from pathlib import Path
 
-times_asked = 0
+answers = 0
 
 
 def vowels(rows):
     """The share of vowels in an answer, up to a third."""
-    global times_asked
-    times_asked += 1
-    if times_asked == int(os.environ.get("KILLED_AT", "0")):
+    global answers
+    before, answers = answers, answers + len(rows)
+    if before < int(os.environ.get("KILLED_AT", "0")) <= answers:
         os.kill(os.getpid(), int(os.environ.get("SIGNAL", signal.SIGKILL)))
     texts = [row["completion"].lower() for row in rows]
     shares = [sum(map(text.count, "aeiou")) / max(1, len(text)) for text in texts]

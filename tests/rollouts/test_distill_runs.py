@@ -42,7 +42,7 @@ def test_killed_while_answers_are_judged_it_ends_with_the_very_bits(shallow, tmp
     assert record["compared"]["updates"] == [1, 2] and record["max_loss_error"] < 1e-5
     losses = [row["loss"] for row in metrics(whole) if "loss" in row]
 
-    monkeypatch.setenv("KILLED_AT", "5")
+    monkeypatch.setenv("KILLED_AT", "20")  # of 8 in each update
     shallow(*OWN, *SHORT, f"run_dir={broken}", cwd=tmp_path, exit_code=-signal.SIGKILL)
     monkeypatch.delenv("KILLED_AT")
     shallow(*OWN, *SHORT, f"run_dir={broken}", cwd=tmp_path)

@@ -48,10 +48,10 @@ def test_killed_at_any_moment_it_ends_with_the_very_bits_and_judges_nothing_twic
     assert [event["update"] for event in tables] == [1, 2] and tables[0]["rows"][0][-1] in ("some", "none")
 
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
-    for killed_at in (3, 9):
+    for killed_at in (5, 60):  # of 20 answers before the first update, 16 in each, 20 after the third and the last
         monkeypatch.setenv("KILLED_AT", str(killed_at))
         shallow(*FUNCTION, f"run_dir={broken}", cwd=tmp_path, exit_code=-signal.SIGKILL)
-    monkeypatch.setenv("KILLED_AT", "8")
+    monkeypatch.setenv("KILLED_AT", "30")
     monkeypatch.setenv("SIGNAL", str(int(signal.SIGTERM)))
     shallow(*FUNCTION, f"run_dir={broken}", cwd=tmp_path, exit_code=PREEMPTED)
     monkeypatch.delenv("KILLED_AT")
@@ -91,7 +91,7 @@ def test_ahead_of_its_policy_it_is_certified_as_such_and_ends_with_the_very_bits
     rows = read_metrics(whole / "certificate.jsonl")
     assert [row.get("lag", 0) for row in rows if "answers" in row] == [0, 1, 2, 0, 1, 2]
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
-    for killed_at, name, code in ((8, "SIGKILL", -signal.SIGKILL), (9, "SIGTERM", PREEMPTED)):
+    for killed_at, name, code in ((40, "SIGKILL", -signal.SIGKILL), (50, "SIGTERM", PREEMPTED)):
         monkeypatch.setenv("KILLED_AT", str(killed_at))
         monkeypatch.setenv("SIGNAL", str(int(getattr(signal, name))))
         shallow(*FUNCTION, "rollouts.off_policy=2", f"run_dir={broken}", cwd=tmp_path, exit_code=code)

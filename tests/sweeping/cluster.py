@@ -13,6 +13,8 @@ import time
 
 import pytest
 
+from tests.ports import free_port
+
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -59,14 +61,6 @@ def _start_now(over: threading.Event) -> None:
                 subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], capture_output=True)
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
 @pytest.fixture
 def cluster(tmp_path_factory, monkeypatch):
     """Its folder. Skips only where the programs, or root, are missing: daemons that don't start are a failure."""
@@ -79,7 +73,7 @@ def cluster(tmp_path_factory, monkeypatch):
     key = folder / "munge.key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
-    port, other_port = free_ports(2)
+    port, other_port = free_port(), free_port()
     host = socket.gethostname().partition(".")[0]
     text = CONFIGURATION.format(host=host, folder=folder, port=port, other_port=other_port)
     (folder / "slurm.conf").write_text(text)
@@ -90,10 +84,10 @@ def cluster(tmp_path_factory, monkeypatch):
     try:
         for command in (["munged", "--force", *(f"--{name}={place}" for name, place in places.items())],
                         ["slurmctld", "-c"], ["slurmd", "-N", host]):  # fmt: skip
-            started = subprocess.run(command, capture_output=True, text=True, timeout=30)
+            started = subprocess.run(command, capture_output=True, text=True, timeout=120)
             if started.returncode:
                 pytest.fail(f"SLURM does not start: {command[0]}: {started.stderr.strip()[-500:]}")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while "idle" not in (said := subprocess.run(["sinfo", "-h"], capture_output=True, text=True).stdout):
             if time.monotonic() > deadline:
                 pytest.fail(f"SLURM does not start: its node is not idle ({said.strip()})")

@@ -12,11 +12,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from gemma4_tpu.errors import TERMINATING
-from gemma4_tpu.tracking.metrics import MetricsFile, read_metrics
-from gemma4_tpu.tracking.result import Result
-from gemma4_tpu.tracking.run import RunFolder
-from gemma4_tpu.tracking.trackers import make_tracker, run_name
-from gemma4_tpu.train import load_train
+
+stop: list[int] = []
+for each in TERMINATING:  # first of all: what comes during the imports, which can take seconds, ends nothing
+    signal.signal(each, lambda number, _: stop.append(number))
+
+from gemma4_tpu.tracking.metrics import MetricsFile, read_metrics  # noqa: E402
+from gemma4_tpu.tracking.result import Result  # noqa: E402
+from gemma4_tpu.tracking.run import RunFolder  # noqa: E402
+from gemma4_tpu.tracking.trackers import make_tracker, run_name  # noqa: E402
+from gemma4_tpu.train import load_train  # noqa: E402
 
 
 def main() -> int:
@@ -27,12 +32,16 @@ def main() -> int:
     )
     behaviour = json.loads(Path("behaviour.json").read_text())
     mine = {**behaviour.get("all", {}), **behaviour.get(folder.path.name, {})}
+    if mine.get("stubborn"):
+        for number in TERMINATING:
+            signal.signal(number, signal.SIG_IGN)
     with Path("starts.txt").open("a") as file:
         file.write(f"{folder.path.name} {time.time()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}\n")
     starts = Path("starts.txt").read_text().count(f"{folder.path.name} ")
-    stop = []
-    for number in TERMINATING:
-        signal.signal(number, signal.SIG_IGN if mine.get("stubborn") else lambda *_: stop.append(1))
+    until = time.monotonic() + 60
+    while len(Path("starts.txt").read_text().splitlines()) < mine.get("waits_for_starts", 0) and not stop:
+        assert time.monotonic() < until
+        time.sleep(0.02)
     done = max((row["update"] for row in read_metrics(folder.metrics_path)), default=None)
     metrics = MetricsFile(folder.metrics_path, after_update=done)
     tracker = make_tracker(config.tracker, folder, asdict(config), name=run_name(config.name, loaded.overrides))

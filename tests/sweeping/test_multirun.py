@@ -32,7 +32,7 @@ def when(condition, act):
     """Does something as soon as a condition holds, beside the test."""
 
     def watch():
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while time.monotonic() < until and not condition():
             time.sleep(0.02)
         act()
@@ -140,13 +140,13 @@ def test_a_second_ctrl_c_kills_a_job_that_does_not_listen(sweep):
     started = time.monotonic()
     assert statuses(sweep("lora.rank=2,4", exit_code=130))["lora.rank-2"] == "interrupted"
     watch.join()
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 100  # it would take 180
 
 
 @pytest.mark.slow
 def test_jobs_at_a_time_share_the_gpus(sweep, monkeypatch):
     monkeypatch.setattr(devices, "gpus_here", lambda: ["0", "1", "2", "3"])
-    sweep.behave(all={"seconds": 0.6})
+    sweep.behave(all={"waits_for_starts": 2, "seconds": 0.2})  # the first ends no sooner than the second has begun
     sweep("lora.rank=2,4,8", "hydra.launcher.parallel=2")
     starts = [line.split() for line in Path("starts.txt").read_text().splitlines()]
     assert {words[2] for words in starts[:2]} == {"0,1", "2,3"}
@@ -238,6 +238,6 @@ def test_a_job_that_outlived_its_sweep_is_taken_over(sweep, caplog, kept):
     done = sweep("lora.rank=4,8")
     watch.join()
     assert [one.status for one in done.jobs.values()] == ["finished", "finished"]
-    assert (done.jobs[job.name].pid, done.jobs[job.name].starts) == (orphan.pid, int(kept)) and orphan.wait(10) == 0
+    assert (done.jobs[job.name].pid, done.jobs[job.name].starts) == (orphan.pid, int(kept)) and orphan.wait(60) == 0
     assert sweep.starts == ["lora.rank-8", "lora.rank-4"]  # nothing new before it has ended
     assert "lora.rank-8: still running" in caplog.text

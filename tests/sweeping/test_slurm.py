@@ -36,7 +36,7 @@ def test_a_sweep_is_requeued_times_out_goes_on_without_its_parent_and_skips_what
     limits = ["hydra.launcher.timeout_min=1", "hydra.launcher.save_seconds=55", "hydra.launcher.sbatch=[--overcommit]"]
 
     # The parent is stopped: the jobs go on in the queue, under their overrides.
-    watch = when(lambda: len(sweep.starts) == 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    watch = when(lambda: len(sweep.starts) >= 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     left = sweep(*SWEPT, *limits, exit_code=130)
     watch.join()
     assert "continue in SLURM's queue" in caplog.text
@@ -79,7 +79,8 @@ def test_a_training_run_that_slurm_tells_to_save_is_requeued_and_comes_out_bit_i
     sweep, cluster, shallow, monkeypatch  # noqa: F811
 ):  # fmt: skip
     """SLURM's signal reaches every process of the step: those of the tracker and of the hard limits, too."""
-    words = [*HARD, "trainer.max_updates=6", "tracker=wandb", "tracker.mode=offline"]
+    # Updates enough that SLURM's signal, sent after the third, comes before the last.
+    words = [*HARD, "trainer.max_updates=20", "trainer.eval_every=10", "tracker=wandb", "tracker.mode=offline"]
     whole = sweep.folder.with_name("whole")
     shallow(*words, f"run_dir={whole}", cwd=whole.parent)
 

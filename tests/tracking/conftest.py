@@ -28,7 +28,7 @@ def run(tmp_path):
 def python():
     """Runs code in a new Python process and returns the finished process."""
 
-    def start(code: str, *arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+    def start(code: str, *arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
         env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | environment
         command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)

@@ -38,7 +38,8 @@ def test_trained_killed_resumed_and_merged_on_a_bucket(train, tmp_path, bucket):
     shutil.rmtree(here)  # that machine is gone
 
     done = train(*WORDS, f"run_dir={run}", cwd=there)
-    assert "resumed from the checkpoint at update 2" in done.stderr
+    # The one at update 4 may have been complete as well before the signal came.
+    assert re.search(r"resumed from the checkpoint at update [24]\b", done.stderr)
     assert {"2", "4", "5"} == {name.rsplit("/", 1)[1] for name in fs.ls(f"{root}/checkpoints", detail=False)}
     whole = tmp_path / "whole"
     train(*WORDS, f"run_dir={whole}", cwd=tmp_path)
@@ -62,7 +63,7 @@ def test_a_bucket_that_pauses_is_waited_for_and_one_that_is_gone_ends_the_run_wi
     words = [
         "model.path=random:0", "lora.rank=2", "data.sequence_length=256", "data.max_rows=60", "data.heldout=[]",
         "trainer.max_updates=400", "trainer.global_batch_sequences=1", "trainer.remat=none", "checkpoint.every=5",
-        "optimizer.warmup_updates=0", "optimizer.schedule=constant", "storage.deadline=6s",
+        "optimizer.warmup_updates=0", "optimizer.schedule=constant", "storage.deadline=15s",
     ]  # fmt: skip
     with emulator() as (server, address):
         for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
@@ -79,9 +80,9 @@ def test_a_bucket_that_pauses_is_waited_for_and_one_that_is_gone_ends_the_run_wi
         paused_at = _updates(local)
         _until(process, lambda: _updates(local) >= paused_at + 12)
         server.kill()  # and is gone for good
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=300)
     assert process.returncode == STORAGE_GONE, err
-    assert f"{run}/checkpoints: no answer for 6 s (storage.deadline)" in err.splitlines()[-1], err
+    assert f"{run}/checkpoints: no answer for 15 s (storage.deadline)" in err.splitlines()[-1], err
     assert f"run_dir={local} resumes" in err.splitlines()[-1]
     assert "Traceback" not in err and len(err.splitlines()) < 60
     saved = int(re.search(r"Saved at update (\d+) on this machine", err)[1])
@@ -108,7 +109,7 @@ def _updates(run) -> int:
 
 
 def _until(process, ready) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not ready():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.05)

@@ -17,10 +17,11 @@ SHARED = Path("/dev/shm")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_few_random_kills_lose_nothing_but_time(train, tmp_path):
     state = tmp_path / "state.json"
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--kills", "8", "--each", "4", "--commands", "train,evaluate", "--seconds", "120",
+        [sys.executable, SCRIPT, "--kills", "8", "--each", "4", "--commands", "train,evaluate", "--seconds", "800",
          "--seed", "3", "--folder", tmp_path / "work", "--state", state],
         capture_output=True, text=True, env=train.environment(), check=False,
     )  # fmt: skip
@@ -49,7 +50,7 @@ def command(*, says=("\ninterrupted; the same command resumes\n",), code=143, le
 
         signal.signal(signal.SIGTERM, stop)
         say("10:00:00 started\n")
-        time.sleep(60)
+        time.sleep(300)
         return 0
 
     return main
@@ -61,7 +62,7 @@ def share():
 
 def keep_running():
     if os.fork() == 0:
-        time.sleep(60)
+        time.sleep(300)
         os._exit(0)
 
 
@@ -95,7 +96,7 @@ def test_what_a_stopped_command_may_not_do_is_found(main, subject, complete, tol
     process = Process(main, [], tmp_path / "command.txt")
     while "started" not in process.said():
         time.sleep(0.01)
-    process.kill(signal.SIGTERM, 20)
+    process.kill(signal.SIGTERM, 60)
     found = list(problems(process, signal.SIGTERM, CODES[signal.SIGTERM], lambda: complete, subject))
     for one in process.others():
         one.kill()

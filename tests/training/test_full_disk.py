@@ -140,7 +140,9 @@ def test_a_run_whose_disk_fills_up_says_so_last_and_goes_on_when_there_is_room(s
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "none", disk], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     try:
-        words = [*HARD, "trainer.max_updates=60", "trainer.eval_every=0", f"run_dir={disk / 'run'}"]
+        # Every checkpoint is kept: one that goes as soon as the disk is full would make room for the next.
+        more = ["trainer.max_updates=60", "trainer.eval_every=0", "checkpoint.keep=30"]
+        words = [*HARD, *more, f"run_dir={disk / 'run'}"]
         running = shallow.start(*words, cwd=tmp_path)
         metrics, until = disk / "run/metrics.jsonl", time.monotonic() + 300
         while not metrics.exists() or metrics.read_text().count("\n") < 5:

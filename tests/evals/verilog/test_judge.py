@@ -17,7 +17,7 @@ import pytest
 from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Verdict, VerdictClass
-from gemma4_tpu.evals.verilog import replays
+from gemma4_tpu.evals.verilog import replays, work_folder
 from gemma4_tpu.evals.verilog.iverilog import find_tools
 from gemma4_tpu.evals.verilog.pool import Pool
 from gemma4_tpu.evals.verilog.running import Finished
@@ -126,6 +126,14 @@ if __name__ == "__main__":
 """
 
 
+def simulates(pid: int) -> bool:
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # compilers come and go
+            if child.name() == "vvp":
+                return True
+    return False
+
+
 @needs_iverilog
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
@@ -138,7 +146,7 @@ def test_a_killed_evaluation_leaves_nothing_running_and_nothing_in_memory(tmp_pa
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout.readline() == "running\n"
     deadline = time.monotonic() + 60
-    while not any(child.name() == "vvp" for child in psutil.Process(process.pid).children(recursive=True)):
+    while not simulates(process.pid):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     family = psutil.Process(process.pid).children(recursive=True)
@@ -174,7 +182,7 @@ def test_interrupted_while_its_workers_end_a_judge_leaves_no_folder(tmp_path, mo
 ASKING = """
 import time
 from gemma4_tpu.evals.verilog import iverilog
-iverilog._wait_until_read = lambda pipe, process: print(process.args[0], flush=True) or time.sleep(60)
+iverilog._wait_until_read = lambda pipe, process: print(process.args[0], flush=True) or time.sleep(300)
 iverilog.find_tools(None)
 """
 
@@ -186,27 +194,31 @@ def test_asking_the_simulators_driver_leaves_no_process_behind_where_the_judge_i
         [sys.executable, "-c", ASKING], stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)}
     )
     asking.stdout.readline()
-    family, until = [], time.monotonic() + 20
+    family, until = [], time.monotonic() + 60
     while len(family) < 3 and time.monotonic() < until:
         family = psutil.Process(asking.pid).children(recursive=True)
     asking.kill()
     asking.communicate()
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert len(family) >= 3 and alive == []
 
 
 HOLDING = """
 import sys
-from gemma4_tpu.evals.verilog.work_folder import WorkFolder
-print(WorkFolder(0).path, flush=True)
+from pathlib import Path
+from gemma4_tpu.evals.verilog import work_folder
+work_folder.MEMORY_FOLDER = Path(sys.argv[1])
+print(work_folder.WorkFolder(0).path, flush=True)
 sys.stdin.read()
 """
 
 
-def test_folders_of_dead_judges_are_removed_by_the_next_and_those_of_living_ones_are_not():
+def test_folders_of_dead_judges_are_removed_by_the_next_and_those_of_living_ones_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(work_folder, "MEMORY_FOLDER", tmp_path)  # in the real one, judges of other tests tidy up
+
     def start():
         process = subprocess.Popen(
-            [sys.executable, "-c", HOLDING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", HOLDING, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         return process, Path(process.stdout.readline().strip())
 
