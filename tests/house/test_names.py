@@ -15,7 +15,6 @@ ROOTS_BELONG_TO = {
     "planning/planned.py": "holds the configuration that is planned",
     "planning/compilation.py": "hands it to the process that compiles it",
     "planning/misfit.py": "holds a change to the whole, to be tried",
-    "rollouts/shown_prompts.py": "previews a training: model, data, objective and roll-outs",
     "sweeping/plan_check.py": "makes a plan of a training",
 }
 """Beside the doors (`gemma4_tpu/*.py`) and the checks."""
