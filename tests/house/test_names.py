@@ -8,7 +8,7 @@ from tests.house.scripts import ROOT
 
 SHARED = {"__init__.py", "checks.py", "schema.py"}
 """The same thing in each room: its door, its checks, the types of its keys."""
-PLACES = ("gemma4_tpu", "launch", "hydra_plugins")
+PLACES = ("gemma4_tpu", "launch", "hydra_plugins", "benchmarks", "experiments", "docs", "examples")
 ROOTS_BELONG_TO = {
     "launch/tpu_vm.py": "a door",
     "launch/gke.py": "a door",
