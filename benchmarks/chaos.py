@@ -32,9 +32,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.chaos_page import EVERY, KILLS_PER_COMMAND, UPDATES, Counts, page
+from benchmarks.chaos_page import EVERY, KILLS_PER_COMMAND, UPDATES, KillCounts, page
 from benchmarks.killed_commands import scripted_server, subjects
-from benchmarks.killing import CODES, TRAINS, Killer, Process, Tally, has_left_files, problems
+from benchmarks.killing import CODES, TRAINS, Killer, KillTally, Process, has_left_files, problems
 from benchmarks.pages import measured
 
 TRAIN = [
@@ -53,7 +53,7 @@ UNDER_A_SAVE = 3
 class Chaos:
     """Runs the series and counts."""
 
-    def __init__(self, folder: Path, seed: int, counts: Counts):
+    def __init__(self, folder: Path, seed: int, counts: KillCounts):
         from gemma4_tpu.merge import main as merge
         from gemma4_tpu.train import main as train
 
@@ -284,8 +284,8 @@ def main() -> int:
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     kept = json.loads(given.state.read_text()) if given.state and given.state.is_file() else {}
-    counts = Counts(**kept.get("train", {}))
-    tallies = {name: Tally(**tally) for name, tally in kept.get("commands", {}).items()}
+    counts = KillCounts(**kept.get("train", {}))
+    tallies = {name: KillTally(**tally) for name, tally in kept.get("commands", {}).items()}
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         folder = given.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -295,7 +295,7 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-def _run(given: argparse.Namespace, folder: Path, counts: Counts, tallies: dict[str, Tally]) -> None:
+def _run(given: argparse.Namespace, folder: Path, counts: KillCounts, tallies: dict[str, KillTally]) -> None:
     """Series after series, of each command in turn, until there are enough kills or the time is over."""
     cache = folder / "compiled"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
@@ -320,7 +320,7 @@ def _run(given: argparse.Namespace, folder: Path, counts: Counts, tallies: dict[
                 if name == "train":
                     chaos.series(left)
                 else:
-                    tally, killer = tallies.setdefault(name, Tally()), killers[name]
+                    tally, killer = tallies.setdefault(name, KillTally()), killers[name]
                     if name in broken:
                         continue
                     if name not in ready:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmarks.killing import Tally
+from benchmarks.killing import KillTally
 from gemma4_tpu.markdown import table
 
 EVERY, UPDATES = 3, 60
@@ -15,7 +15,7 @@ KILLS_PER_COMMAND = 8
 
 
 @dataclass
-class Counts:
+class KillCounts:
     """What the table shows."""
 
     series: int = 0
@@ -46,7 +46,7 @@ class Counts:
         return sum(self.kills.values())
 
 
-def page(counts: Counts, tallies: dict[str, Tally], stamp: str) -> str:
+def page(counts: KillCounts, tallies: dict[str, KillTally], stamp: str) -> str:
     """The result as Markdown; `stamp` is when and where it began."""
     lost = counts.lost_updates
     rows = [

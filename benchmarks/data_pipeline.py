@@ -106,7 +106,7 @@ def gemma_like(folder: Path) -> None:
     made.save_pretrained(folder)
 
 
-class Clock:
+class CpuClock:
     """CPU seconds of this process since the last look."""
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ def ours(rows: Path, tokenizer: Any) -> list[Epoch]:
     from gemma4_tpu.data.build import build_data
     from gemma4_tpu.data.pipeline import Pipeline
 
-    clock = Clock()
+    clock = CpuClock()
     data = DataConfig(format="codev_r1", train=[DataSource(path=str(rows))], sequence_length=PACKED)
     examples = build_data(data, tokenizer).train
     epochs: list[Epoch] = []
@@ -162,7 +162,7 @@ def recipe(rows: Path, tokenizer: Any) -> list[Epoch]:
         tokens[: len(ids)], mask[len(asked) : len(ids)] = ids, True
         return {"input_tokens": tokens, "input_mask": mask, "real": np.array(len(ids))}
 
-    clock = Clock()
+    clock = CpuClock()
     lines = rows.read_text(encoding="utf-8").rstrip("\n").split("\n")
     source = grain.MapDataset.source(lines).seed(0).shuffle().map(encoded).filter(lambda row: row is not None)
     epochs: list[Epoch] = []
@@ -193,7 +193,7 @@ def trl(rows: Path, tokenizer: Any) -> list[Epoch]:
         output_dir=tempfile.mkdtemp(dir=rows.parent), max_length=PACKED, packing=True, report_to=[], use_cpu=True,
         per_device_train_batch_size=8, bf16=False, gradient_checkpointing=False, seed=0,
     )  # fmt: skip
-    clock = Clock()
+    clock = CpuClock()
     dataset = Dataset.from_list(
         [conversation(line) for line in rows.read_text(encoding="utf-8").rstrip("\n").split("\n")]
     )

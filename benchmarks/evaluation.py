@@ -45,7 +45,7 @@ KINDS = ("references", "mutants")
 
 
 @dataclass(frozen=True)
-class Row:
+class LevelRow:
     """One kind of answers at one level."""
 
     level: str
@@ -99,7 +99,7 @@ def judge_seconds(judge_processes: list[psutil.Process]) -> float:
     return total
 
 
-def measure(level: Level, problems: list[Problem], samples: int, cache: Path) -> list[Row]:
+def measure(level: Level, problems: list[Problem], samples: int, cache: Path) -> list[LevelRow]:
     """One row for each kind of answers."""
     rows = []
     with (
@@ -124,13 +124,13 @@ def measure(level: Level, problems: list[Problem], samples: int, cache: Path) ->
             count = len(given)
             own = (spent - sum(map(sum, programs.values()))) / count
             typical = median(map(mean, programs.values()))
-            row = Row(level, kind, count, passed, typical, own, spent / count, median(hand))
+            row = LevelRow(level, kind, count, passed, typical, own, spent / count, median(hand))
             rows.append(row)
             print(row, file=sys.stderr, flush=True)
     return rows
 
 
-def lines_of(rows: list[Row]) -> Iterator[str]:
+def lines_of(rows: list[LevelRow]) -> Iterator[str]:
     """The lines of the table."""
     cells = [
         [
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/bench_evaluation"), help="for the self-check's file")
     args, stamp = parser.parse_args(), measured()
     problems = VerilogEval().load(args.problems)
-    rows: list[Row] = []
+    rows: list[LevelRow] = []
     for level in (Level.BUBBLEWRAP, Level.LANDLOCK):
         try:
             rows += measure(level, problems, args.samples, args.work)

@@ -16,10 +16,10 @@ from typing import Any
 
 import optuna
 
-from benchmarks.killing import TRAINS, Subject
+from benchmarks.killing import TRAINS, Killed
 
 
-def subjects(base: Path, rows: Path, run: Path, cache: Path, endpoint: str) -> list[Subject]:
+def subjects(base: Path, rows: Path, run: Path, cache: Path, endpoint: str) -> list[Killed]:
     """Every command but training and merging, which `chaos.py` compares bit by bit.
 
     Args:
@@ -56,39 +56,39 @@ def subjects(base: Path, rows: Path, run: Path, cache: Path, endpoint: str) -> l
     ]  # fmt: skip
     return [
         *(
-            Subject(kind, "gemma4_tpu.train", _in_run(f"objective={kind}", *on_policy), _losses, codes=TRAINS)
+            Killed(kind, "gemma4_tpu.train", _in_run(f"objective={kind}", *on_policy), _losses, codes=TRAINS)
             for kind in ("grpo", "expert_iteration")
         ),
-        Subject("distill", "gemma4_tpu.train",
-                _in_run("objective=distill", f"objective.teacher={base}", *on_policy), _losses, codes=TRAINS),
-        Subject("dpo", "gemma4_tpu.train", _in_run("objective=dpo", *of_pairs), _losses, codes=TRAINS),
-        Subject(
+        Killed("distill", "gemma4_tpu.train",
+               _in_run("objective=distill", f"objective.teacher={base}", *on_policy), _losses, codes=TRAINS),
+        Killed("dpo", "gemma4_tpu.train", _in_run("objective=dpo", *of_pairs), _losses, codes=TRAINS),
+        Killed(
             "evaluate", "gemma4_tpu.evaluate",
             _in_run(f"run={run}", "eval.n=1", "eval.max_new_tokens=6", "eval.batch_size=2", *judged), _verdicts,
         ),
-        Subject(
+        Killed(
             "plan", "gemma4_tpu.plan",
             _in_run("model=tiny", "model.path=random:0", "hardware=v5e4", "data=chat_jsonl",
                     f"data.train.0.path={rows}", "data.sequence_length=256", "plan.schedule=false",
                     "trainer.remat=none"),
             _plan,
         ),
-        Subject(
+        Killed(
             "serve", "gemma4_tpu.serve",
             lambda place: [f"run={run / 'merged'}", "serving=local", f"serving.port={_free_port()}",
                            f"run_dir={place / 'run'}"],
             lambda place: None, ready="endpoint: ",
         ),
-        Subject("report", "gemma4_tpu.report", lambda place: [f"run={run}", f"out={place / 'page.md'}"], _page),
-        Subject("check", "gemma4_tpu.check", lambda place: [f"model.path={base}"],
-                lambda place: place.with_suffix(".txt").read_text()),
-        Subject("bench", "gemma4_tpu.bench", _in_run(f"endpoint={endpoint}", "bench=smoke"), _cells),
-        Subject("judge", "gemma4_tpu.judge", lambda place: [*judged, "port=0"], lambda place: None,
-                ready="http://"),
-        Subject("sweep", "gemma4_tpu.train", _in_sweep(*jobs, "lora.rank=2,4"), _jobs, codes=TRAINS, orphans=True),
-        Subject("search", "gemma4_tpu.train", _in_sweep(*jobs, *search), _trials, codes=TRAINS, orphans=True),
-        Subject("meshes", "gemma4_tpu.train", _in_sweep(*jobs, "lora.rank=2", "mesh.tp=1,2"), _jobs, codes=TRAINS,
-                orphans=True, environment={"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8"}),
+        Killed("report", "gemma4_tpu.report", lambda place: [f"run={run}", f"out={place / 'page.md'}"], _page),
+        Killed("check", "gemma4_tpu.check", lambda place: [f"model.path={base}"],
+               lambda place: place.with_suffix(".txt").read_text()),
+        Killed("bench", "gemma4_tpu.bench", _in_run(f"endpoint={endpoint}", "bench=smoke"), _cells),
+        Killed("judge", "gemma4_tpu.judge", lambda place: [*judged, "port=0"], lambda place: None,
+               ready="http://"),
+        Killed("sweep", "gemma4_tpu.train", _in_sweep(*jobs, "lora.rank=2,4"), _jobs, codes=TRAINS, orphans=True),
+        Killed("search", "gemma4_tpu.train", _in_sweep(*jobs, *search), _trials, codes=TRAINS, orphans=True),
+        Killed("meshes", "gemma4_tpu.train", _in_sweep(*jobs, "lora.rank=2", "mesh.tp=1,2"), _jobs, codes=TRAINS,
+               orphans=True, environment={"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8"}),
     ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Kills a command at any moment, and looks at what it leaves: exit code, words, processes, files; how it goes on.
 
-`chaos.py` runs it. A `Subject` is a command with the folder it works in; a series kills one start after the other
+`chaos.py` runs it. A `Killed` is a command with the folder it works in; a series kills one start after the other
 there, then leaves the last one alone and compares the result with that of a start that was never touched.
 """
 
@@ -136,7 +136,7 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Killed:
     """A command that is killed."""
 
     name: str
@@ -164,7 +164,7 @@ TRAINS = CODES | dict.fromkeys((signal.SIGTERM, signal.SIGUSR2), (PREEMPTED, TER
 
 
 @dataclass
-class Tally:
+class KillTally:
     """Of one command."""
 
     kills: dict[str, int] = field(default_factory=dict)
@@ -186,7 +186,7 @@ class Tally:
 class Killer:
     """Runs series of one subject after the other, in folders beneath `folder`."""
 
-    def __init__(self, folder: Path, subject: Subject):
+    def __init__(self, folder: Path, subject: Killed):
         self._folder, self._subject = folder, subject
         self._main = import_module(subject.module).main
         self._expected: Any = None
@@ -201,7 +201,7 @@ class Killer:
             self._seconds = time.monotonic() - started
             self._expected = self._subject.outcome(place)
 
-    def series(self, number: int, kills: int, draw: random.Random, tally: Tally) -> None:
+    def series(self, number: int, kills: int, draw: random.Random, tally: KillTally) -> None:
         """So many kills in one folder, then the comparison."""
         place = self._place(f"series-{number}")
         tally.series += 1
@@ -226,7 +226,7 @@ class Killer:
         subject = self._subject
         return Process(self._main, subject.words(place), place.with_suffix(".txt"), subject.environment)
 
-    def _kill(self, place: Path, number: signal.Signals, after: float, tally: Tally) -> None:
+    def _kill(self, place: Path, number: signal.Signals, after: float, tally: KillTally) -> None:
         subject, process = self._subject, self._start(place)
         if process.wait(after) is not None:
             assert process.code == 0, f"exit {process.code}: {process.said()}"
@@ -265,7 +265,7 @@ def problems(
     number: signal.Signals,
     codes: tuple[int, ...],
     complete: Callable[[], bool],
-    subject: Subject | None = None,
+    subject: Killed | None = None,
 ) -> Iterator[str]:
     """What a killed start did that no command may do.
 

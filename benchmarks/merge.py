@@ -29,7 +29,7 @@ from gemma4_tpu.markdown import table
 
 
 @dataclass(frozen=True)
-class Row:
+class MergeRow:
     """One way of merging, once."""
 
     way: str
@@ -125,7 +125,7 @@ def run_way(way: str, work: Path) -> None:
 # ── side by side ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def measure(way: str, work: Path, read_mb_per_second: int | None) -> Row:
+def measure(way: str, work: Path, read_mb_per_second: int | None) -> MergeRow:
     """Seconds and peak memory of one way, from cold files to synced ones."""
     for path in (path for path in work.rglob("*") if path.is_file()):
         handle = os.open(path, os.O_RDONLY)
@@ -146,7 +146,7 @@ def measure(way: str, work: Path, read_mb_per_second: int | None) -> Row:
         raise SystemExit(f"{way}: exit status {status}")
     written = sum(path.stat().st_size for path in (work / "out").iterdir())
     shutil.rmtree(work / "out")
-    return Row(way, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, written)
+    return MergeRow(way, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, written)
 
 
 def _limit(work: Path, mb_per_second: int) -> Callable[[], None]:
@@ -162,7 +162,7 @@ def _limit(work: Path, mb_per_second: int) -> Callable[[], None]:
     return enter
 
 
-def section(setting: Setting, rows: list[Row], loads: list[float], base_bytes: int) -> list[str]:
+def section(setting: Setting, rows: list[MergeRow], loads: list[float], base_bytes: int) -> list[str]:
     """One setting in Markdown: medians, and how far `cp` itself varied."""
     median = {way: statistics.median(r.seconds for r in rows if r.way == way) for way in setting.ways}
     lines = [

@@ -24,7 +24,7 @@ PADDED_TOKENS = 917
 
 
 @dataclass(frozen=True)
-class Target:
+class StepTarget:
     """Milliseconds that a cell's step is to take."""
 
     model: str
@@ -35,10 +35,10 @@ class Target:
 
 
 TARGETS = (
-    Target("gemma4_31b", "v5p-8", 500, per_row=True),
-    Target("gemma4_31b", "v6e-4", 370, per_row=True),
-    Target("gemma4_e4b", "v6e-1", 300, per_row=True),
-    Target("gemma4_26b_a4b", "v5p-8", 250, per_row=False),
+    StepTarget("gemma4_31b", "v5p-8", 500, per_row=True),
+    StepTarget("gemma4_31b", "v6e-4", 370, per_row=True),
+    StepTarget("gemma4_e4b", "v6e-1", 300, per_row=True),
+    StepTarget("gemma4_26b_a4b", "v5p-8", 250, per_row=False),
 )
 TFLOP_PER_TOKEN = 0.0338
 """Target of 31B on a v5p-8: computed for a real token, per chip."""
@@ -57,7 +57,7 @@ def scheduled() -> dict[tuple[str, str], dict[str, Any]]:
     return {cell: plan for cell, plan in found.items() if plan.get("step_seconds")}
 
 
-def milliseconds(target: Target, plan: dict[str, Any]) -> float:
+def milliseconds(target: StepTarget, plan: dict[str, Any]) -> float:
     """What the target counts."""
     return 1e3 * plan["step_seconds"] / (plan["rows_per_update"] if target.per_row else 1)
 

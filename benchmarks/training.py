@@ -301,7 +301,7 @@ def trl_packed(examples: Examples, held_out: Examples, rank: int) -> Outcome:
         weight_decay=0.0, adam_epsilon=1e-8, save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
 
-    class Clock(TrainerCallback):
+    class UpdateClock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             times.append(time.perf_counter())
 
@@ -313,7 +313,7 @@ def trl_packed(examples: Examples, held_out: Examples, rank: int) -> Outcome:
     counts: list[int] = []
     rows = Dataset.from_list([{"input_ids": ids.tolist()} for ids in examples])
     trainer = Counted(
-        model, settings, train_dataset=rows, processing_class=load_tokenizer("embedded:tiny"), callbacks=[Clock()]
+        model, settings, train_dataset=rows, processing_class=load_tokenizer("embedded:tiny"), callbacks=[UpdateClock()]
     )
     before = _torch_loss(model, held_out)
     times[0] = time.perf_counter()

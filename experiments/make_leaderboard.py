@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from experiments.plans.recipes import EXPERIMENTS, GIB, RECIPES, Recipe
+from experiments.plans.recipes import EXPERIMENTS, GIB, RECIPES, PlanRecipe
 from gemma4_tpu.markdown import table
 from gemma4_tpu.reporting.plan_rows import band
 from gemma4_tpu.tracking.records import read_record
@@ -36,7 +36,7 @@ Made by `python -m experiments.make_leaderboard` from the records in these folde
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRecipe:
     """All runs of a recipe, as planned."""
 
     slice: str
@@ -56,9 +56,9 @@ class Planned:
         return f"{band(self.minutes, '{:,.0f}')} minutes{cost}{runs} on a {self.slice}"
 
 
-def planned(name: str) -> Planned | None:
+def planned(name: str) -> PlannedRecipe | None:
     """From the recipe's committed plans."""
-    recipe = next((recipe for recipe in RECIPES if recipe.name == name), Recipe(name, name))
+    recipe = next((recipe for recipe in RECIPES if recipe.name == name), PlanRecipe(name, name))
     jobs = list(recipe.jobs) if recipe.runs else list(recipe.jobs)[:1]  # the first of alternatives is the recipe itself
     runs, paths = recipe.runs or 1, [recipe.path(label) for label in jobs]
     plans = [read_record(path).values for path in paths if path.is_file()]
@@ -66,7 +66,7 @@ def planned(name: str) -> Planned | None:
     if not plans:
         return None
     usd = [plan["usd_estimate"].get("on_demand") for plan in plans]
-    return Planned(
+    return PlannedRecipe(
         plans[0]["slice"],
         runs * len(plans),
         _sum([plan["hours"] for plan in plans], 60 * runs),

@@ -71,7 +71,7 @@ def run(loaded: Loaded[PlanRoot, PlanChecked]) -> Ended:
     setup_logging(folder.log_path)
     for warning in loaded.checked.warnings:
         log.warning(warning)
-    _look_at_checkpoint(config.model, loaded.checked.warnings)
+    _look_at_checkpoint(config.model, loaded.checked.missing)
     try:
         code = _search(planned, folder) if config.plan.search else _plan(planned, folder)
         return Ended(code, (folder.path,))
@@ -86,9 +86,9 @@ def _look_at_checkpoint(model: ModelConfig, told: Sequence[str]) -> None:
     if model.path is None:
         return
     found = look_from_afar(model)
-    for line in [*found.notes, *(f"training would be refused: {problem}" for problem in found.problems)]:
-        if not any(line.endswith(earlier.partition(": planned with")[0]) for earlier in told):
-            log.warning("%s", line)
+    refused = [f"training would be refused: {problem}" for problem in found.problems if problem not in told]
+    for line in [*found.notes, *refused]:
+        log.warning("%s", line)
 
 
 def _plan(planned: Planned, folder: RunFolder) -> int:

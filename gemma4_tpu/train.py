@@ -59,15 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(loaded: Loaded[TrainRoot, Checked]) -> Ended:
     """Joins the other processes and trains; if this process fails alone, ends it so that the others notice."""
-    config = loaded.root
+    config, rows_are = loaded.root, rows_of(loaded.root.objective)
     if config.preview and is_on_policy(config.objective):
-        from gemma4_tpu.rollouts.shown_prompts import show_prompts
+        from gemma4_tpu.reporting.shown_prompts import show_prompts
 
-        return Ended(show_prompts(config))
+        return Ended(show_prompts(config.model, config.data, rows_are, config.rollouts))
     if config.preview:
-        from gemma4_tpu.data.preview import show
+        from gemma4_tpu.reporting.preview import show
 
-        rows, rows_are = rows_per_update(config.trainer, config.data), rows_of(config.objective)
+        rows = rows_per_update(config.trainer, config.data)
         return Ended(show(config.model, config.data, rows_are, rows_per_update=rows, seed=config.trainer.seed))
 
     from gemma4_tpu.training.hosts import start_hosts

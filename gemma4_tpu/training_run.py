@@ -28,6 +28,7 @@ from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.lora import factors
 from gemma4_tpu.planning.auto_remat import resolve_remat
 from gemma4_tpu.rollouts.assembly import begin, make_source
+from gemma4_tpu.rollouts.on_policy_run import OnPolicyRun
 from gemma4_tpu.rollouts.served_teacher import ServedTeacher
 from gemma4_tpu.rollouts.source import OnPolicySource
 from gemma4_tpu.rollouts.teacher import Teacher, open_teacher
@@ -267,11 +268,12 @@ def _loop(
     )  # fmt: skip
     with closing(source), closing(checkpoints), closing(answers), reports, loop.profile.closing():
         if isinstance(source, OnPolicySource):
+            drawn_for = OnPolicyRun(
+                config.rollouts, folder.path, config.trainer.seed, run.resume_from, run.hosts, watchdog.progress
+            )
             begin(
-                source, config.rollouts, setup.step, setup.base, run.tokenizer,
-                checkpoint_stop_ids(run.base, run.tokenizer), seed=config.trainer.seed, run=folder.path,
-                resume_from=run.resume_from, report=reports, show=tracker.table, progress=watchdog.progress,
-                hosts=run.hosts,
+                source, drawn_for, setup.step, setup.base, run.tokenizer, checkpoint_stop_ids(run.base, run.tokenizer),
+                report=reports, show=tracker.table,
             )  # fmt: skip
         with watchdog, reports.progress:
             result = loop.run(run.resume_from)

@@ -22,7 +22,7 @@ SUBTITLE = "Estimated from the TPU compiler's schedule, as a range. Nothing here
 
 
 @dataclass(frozen=True)
-class Bar:
+class SliceBar:
     """One size on one slice."""
 
     size: str
@@ -36,14 +36,14 @@ class Bar:
         return f"{self.machine}: ${band(self.usd, '{:.2f}')}, {band(self.hours, times=60)} min"
 
 
-def bars() -> list[Bar]:
+def bars() -> list[SliceBar]:
     """LoRA plans with a schedule and a price, the largest size first."""
     assert set(SLICES) <= set(MACHINES)
     plans = known()
     keys = [(size, machine) for size in SIZES for machine in SLICES]
     drawn = [(key, plans.get((*key, "lora"))) for key in keys]
     return [
-        Bar(*key, usd=plan["usd_estimate"]["on_demand"], hours=plan["hours"])
+        SliceBar(*key, usd=plan["usd_estimate"]["on_demand"], hours=plan["hours"])
         for key, plan in drawn
         if plan and plan["fits"] and plan.get("step_seconds") and "on_demand" in plan["usd_estimate"]
     ]

@@ -58,7 +58,7 @@ PAPER = {"seconds_per_sample": 1.21, "hours": 3.34, "usd": 56.11, "samples": 995
 
 
 @dataclass(frozen=True)
-class Cell:
+class PlanCell:
     """One plan: a size on a slice with a mesh."""
 
     size: str
@@ -79,13 +79,13 @@ class Cell:
         ]  # fmt: skip
 
 
-def cells(sizes: list[str], machines: list[str], trained: list[str]) -> Iterator[Cell]:
+def cells(sizes: list[str], machines: list[str], trained: list[str]) -> Iterator[PlanCell]:
     """Every cell with each of its meshes."""
     for size in sizes:
         for machine in machines:
             for kind in trained:
                 for mesh in meshes(ARCHITECTURES[size], SLICES[machine]):
-                    yield Cell(size, machine, kind, mesh)
+                    yield PlanCell(size, machine, kind, mesh)
 
 
 def meshes(arch: Architecture, wanted: Slice) -> list[MeshSizes]:
@@ -103,7 +103,7 @@ def meshes(arch: Architecture, wanted: Slice) -> list[MeshSizes]:
     return list(dict.fromkeys(chosen))
 
 
-def make(cell: Cell) -> str:
+def make(cell: PlanCell) -> str:
     """Plans one cell; returns the outcome in words."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "plan"

@@ -31,7 +31,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PlanRecipe:
     """A committed experiment and the jobs that are planned for it."""
 
     name: str
@@ -54,15 +54,17 @@ ANSWERED = (
 LONG = "plan.schedule=false", "plan.rows=1000", "plan.mean_tokens=131072", "plan.p99_tokens=131072"
 
 RECIPES = (
-    Recipe("v5p8", "v5p8"),
-    Recipe("v6e8_qlora", "v6e8_qlora"),
-    Recipe("26b_a4b_v5p8", "26b_a4b_v5p8"),
-    Recipe("26b_a4b_experts", "26b_a4b_experts"),
-    Recipe("12b_v6e1", "12b_v6e1"),
-    Recipe("e4b_v6e1", "e4b_v6e1"),
-    Recipe("rank_sweep", "v5p8", {f"rank {r}": (f"lora.rank={r}", f"lora.alpha={r}") for r in (16, 32, 64, 128)}, 2),
-    Recipe("lr_sweep", "v5p8", {"each trial": ()}, 8),
-    Recipe(
+    PlanRecipe("v5p8", "v5p8"),
+    PlanRecipe("v6e8_qlora", "v6e8_qlora"),
+    PlanRecipe("26b_a4b_v5p8", "26b_a4b_v5p8"),
+    PlanRecipe("26b_a4b_experts", "26b_a4b_experts"),
+    PlanRecipe("12b_v6e1", "12b_v6e1"),
+    PlanRecipe("e4b_v6e1", "e4b_v6e1"),
+    PlanRecipe(
+        "rank_sweep", "v5p8", {f"rank {r}": (f"lora.rank={r}", f"lora.alpha={r}") for r in (16, 32, 64, 128)}, 2
+    ),
+    PlanRecipe("lr_sweep", "v5p8", {"each trial": ()}, 8),
+    PlanRecipe(
         "mesh_sweep",
         "v5p8",
         {
@@ -74,7 +76,7 @@ RECIPES = (
             for tp, microbatches in ((4, 4), (4, 2), (4, 1), (2, 2), (2, 1), (1, 1))
         },
     ),
-    Recipe(
+    PlanRecipe(
         "codev_r1_distill_rl",
         "codev_r1_distill_rl",
         {
@@ -91,7 +93,7 @@ RECIPES = (
         },
         runs=0,
     ),
-    Recipe(
+    PlanRecipe(
         "long_context",
         "long_context",
         {
@@ -123,7 +125,7 @@ HEADS = (
 )  # fmt: skip
 
 
-def section(recipe: Recipe, plans: dict[str, dict[str, Any]]) -> list[str]:
+def section(recipe: PlanRecipe, plans: dict[str, dict[str, Any]]) -> list[str]:
     """The part of the README between the marks."""
     first = next(iter(plans.values()))
     shares = [f"{first['utilization'][end]:.0%}" for end in ("low", "high")]

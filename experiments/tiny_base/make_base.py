@@ -46,7 +46,7 @@ TRAINER = TrainerConfig(remat="none", compute_dtype="float32")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class ReadingStage:
     """What the base reads, and for how long."""
 
     seed: int
@@ -63,11 +63,11 @@ class Stage:
 
 
 STAGES = (
-    Stage(
+    ReadingStage(
         seed=0, texts=12_000, conversations_every=None, ports=0.6, behaviour=0.8,
         updates=700, learning_rate=4e-3, warmup_updates=30,
     ),
-    Stage(
+    ReadingStage(
         seed=1, texts=4_000, conversations_every=4, ports=0.85, behaviour=0.9,
         updates=120, learning_rate=2e-3, warmup_updates=10,
     ),
@@ -76,7 +76,7 @@ STAGES = (
 log = logging.getLogger(__name__)
 
 
-def make_texts(stage: Stage, tokenizer: Any) -> list[str]:
+def make_texts(stage: ReadingStage, tokenizer: Any) -> list[str]:
     """Texts on training designs; held-out modules are not among them."""
     rng = Random(f"{stage.seed}-documents")
     texts = []
@@ -96,7 +96,7 @@ def encode(texts: list[str], tokenizer: Any) -> Examples:
     return builder.build({})
 
 
-def pretrain(stage: Stage, examples: Examples, start: str) -> tuple[Any, Layout]:
+def pretrain(stage: ReadingStage, examples: Examples, start: str) -> tuple[Any, Layout]:
     """Trains every weight of the model that `start` names; returns the parameters and their layout."""
     base = resolve_base(ModelConfig(name="tiny", path=start, tokenizer="embedded:tiny"))
     mesh = start_mesh(HardwareConfig(), MeshConfig(), base.arch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from experiments.verilog_smoke.design import Design, Port
+from experiments.verilog_smoke.design import Design, DesignPort
 from experiments.verilog_smoke.parts import bits
 
 DATA = ("d", "in", "x", "data", "a")
@@ -28,12 +28,12 @@ class Control:
     enable: str | None
 
     @property
-    def ports(self) -> tuple[Port, ...]:
-        ports = [Port(name=self.clock, role="clock")]
+    def ports(self) -> tuple[DesignPort, ...]:
+        ports = [DesignPort(name=self.clock, role="clock")]
         if self.reset:
-            ports.append(Port(name=self.reset, role="reset_low" if self.active_low else "reset"))
+            ports.append(DesignPort(name=self.reset, role="reset_low" if self.active_low else "reset"))
         if self.enable:
-            ports.append(Port(name=self.enable, role="enable"))
+            ports.append(DesignPort(name=self.enable, role="enable"))
         return tuple(ports)
 
     def sentences(self, state: str) -> tuple[str, str]:
@@ -86,8 +86,8 @@ def _control(rng: Random, *, must_reset: bool) -> Control:
     )
 
 
-def _state_port(name: str, width: int = 1) -> Port:
-    return Port(name=name, width=width, output=True, reg=True)
+def _state_port(name: str, width: int = 1) -> DesignPort:
+    return DesignPort(name=name, width=width, output=True, reg=True)
 
 
 def flip_flop(rng: Random) -> Design:
@@ -96,7 +96,7 @@ def flip_flop(rng: Random) -> Design:
     thing = "a D flip-flop" if width == 1 else f"a register of {width} D flip-flops"
     return Design(
         family="flip_flop",
-        ports=(*control.ports, Port(name=d, width=width), _state_port(q, width)),
+        ports=(*control.ports, DesignPort(name=d, width=width), _state_port(q, width)),
         behaviours=(
             f"The module should implement {thing}: {q} takes the value of {d} at each rising edge of {control.clock}."
             + formal,
@@ -150,7 +150,7 @@ def shift_register(rng: Random) -> Design:
     update = f"{{{q}[{width - 2}:0], {d}}}" if left else f"{{{d}, {q}[{width - 1}:1]}}"
     return Design(
         family="shift_register",
-        ports=(*control.ports, Port(name=d), _state_port(q, width)),
+        ports=(*control.ports, DesignPort(name=d), _state_port(q, width)),
         behaviours=(
             f"The module should implement a shift register: at each rising edge of {control.clock}, {q} shifts {side} "
             f"by one place and {d} enters at the {end} bit.{formal}",
@@ -168,7 +168,7 @@ def edge_detector(rng: Random) -> Design:
     edge = "an edge of either kind" if kind == "any" else f"a {kind} edge"
     return Design(
         family="edge_detector",
-        ports=(Port(name=clock, role="clock"), Port(name=d), _state_port(y)),
+        ports=(DesignPort(name=clock, role="clock"), DesignPort(name=d), _state_port(y)),
         behaviours=(
             f"The module should detect {edge} of {d}: {y} is 1 for the cycle after {d} made it between two rising "
             f"edges of {clock}, else 0.",

@@ -9,7 +9,7 @@ MODULE_NAME = "TopModule"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Port:
+class DesignPort:
     """A port of the module. `role` steers the test bench's stimulus:
     `data`, `clock`, `reset` (asserted at 1), `reset_low` (asserted at 0) or `enable`.
     """
@@ -35,7 +35,7 @@ class Design:
     """One draw from a family: ports, behaviour and the body that implements it."""
 
     family: str
-    ports: tuple[Port, ...]
+    ports: tuple[DesignPort, ...]
     behaviours: tuple[str, ...]
     """Equivalent statements of the behaviour, each complete: a prompt uses one of them."""
     summary: str
@@ -50,15 +50,15 @@ class Design:
         return f"module {name} (\n{ports}\n);\n{body}\nendmodule\n"
 
     @property
-    def inputs(self) -> tuple[Port, ...]:
+    def inputs(self) -> tuple[DesignPort, ...]:
         return tuple(port for port in self.ports if not port.output)
 
     @property
-    def outputs(self) -> tuple[Port, ...]:
+    def outputs(self) -> tuple[DesignPort, ...]:
         return tuple(port for port in self.ports if port.output)
 
     @property
-    def clock(self) -> Port | None:
+    def clock(self) -> DesignPort | None:
         return next((port for port in self.ports if port.role == "clock"), None)
 
     def bucket(self, buckets: int) -> int:
@@ -67,7 +67,7 @@ class Design:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
+class MadeProblem:
     """A specification, the module that fulfils it, and a self-checking test bench.
 
     `reference` defines `TopModule`. `testbench` instantiates `TopModule` and the reference under the name `RefModule`,
@@ -84,5 +84,5 @@ class Problem:
         return asdict(self)
 
     @classmethod
-    def from_row(cls, row: dict[str, str]) -> Problem:
+    def from_row(cls, row: dict[str, str]) -> MadeProblem:
         return cls(**row)

@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
-from experiments.verilog_smoke.design import Design, Problem
+from experiments.verilog_smoke.design import Design, MadeProblem
 from experiments.verilog_smoke.families import FAMILIES, draw_designs
 from experiments.verilog_smoke.prompts import answer, chat_row, specification
 from experiments.verilog_smoke.simulate import all_pass
@@ -27,7 +27,7 @@ from gemma4_tpu.evals.verilog.mutants import mutants
 log = logging.getLogger(__name__)
 
 
-def make_problems(seed: int, count: int, *, heldout: bool) -> list[tuple[Design, Problem]]:
+def make_problems(seed: int, count: int, *, heldout: bool) -> list[tuple[Design, MadeProblem]]:
     """`count` problems without repeats (fewer if the families run out), the families taking turns. Not simulated."""
     rng = Random(f"{seed}-{'heldout' if heldout else 'train'}")
     numbers: Counter[str] = Counter()
@@ -37,7 +37,7 @@ def make_problems(seed: int, count: int, *, heldout: bool) -> list[tuple[Design,
         made.append(
             (
                 design,
-                Problem(
+                MadeProblem(
                     id=f"{'heldout' if heldout else 'train'}_{design.family}_{numbers[design.family]:04d}",
                     family=design.family,
                     prompt=specification(design, rng),
@@ -49,7 +49,7 @@ def make_problems(seed: int, count: int, *, heldout: bool) -> list[tuple[Design,
     return made
 
 
-def keep_correct(made: list[tuple[Design, Problem]]) -> list[tuple[Design, Problem]]:
+def keep_correct(made: list[tuple[Design, MadeProblem]]) -> list[tuple[Design, MadeProblem]]:
     """Those whose reference passes its own test bench; the others are counted in the log by family."""
     verdicts = all_pass((p.reference, p.reference, p.testbench) for _, p in made)
     dropped = Counter(p.family for (_, p), good in zip(made, verdicts, strict=True) if not good)
@@ -57,7 +57,7 @@ def keep_correct(made: list[tuple[Design, Problem]]) -> list[tuple[Design, Probl
     return [pair for pair, good in zip(made, verdicts, strict=True) if good]
 
 
-def kill_rate(problems: list[Problem]) -> dict[str, tuple[int, int]]:
+def kill_rate(problems: list[MadeProblem]) -> dict[str, tuple[int, int]]:
     """(killed, mutants) by family and under `all`."""
     cases = [(p, mutant) for p in problems for mutant in mutants(p.reference)]
     survived = all_pass((mutant, p.reference, p.testbench) for p, mutant in cases)

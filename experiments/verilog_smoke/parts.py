@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.verilog_smoke.design import Port
+from experiments.verilog_smoke.design import DesignPort
 
 INPUTS = ("a", "b", "c", "d", "x", "w", "u", "v", "in0", "in1", "in2", "in3")
 OUTPUTS = ("out", "y", "z", "f", "o")
@@ -25,9 +25,9 @@ def bits(width: int) -> str:
     return "1 bit" if width == 1 else f"{width} bits"
 
 
-def data_in(name: str, width: int = 1) -> Port:
-    return Port(name=name, width=width)
+def data_in(name: str, width: int = 1) -> DesignPort:
+    return DesignPort(name=name, width=width)
 
 
-def data_out(name: str, width: int = 1, *, reg: bool = False) -> Port:
-    return Port(name=name, width=width, output=True, reg=reg)
+def data_out(name: str, width: int = 1, *, reg: bool = False) -> DesignPort:
+    return DesignPort(name=name, width=width, output=True, reg=reg)

@@ -8,7 +8,7 @@ values, because under uniform stimulus operands are seldom equal and counters ne
 
 from __future__ import annotations
 
-from experiments.verilog_smoke.design import Design, Port
+from experiments.verilog_smoke.design import Design, DesignPort
 
 MAX_EXHAUSTIVE_BITS = 9
 RANDOM_SAMPLES = 250
@@ -107,7 +107,7 @@ def make_testbench(design: Design) -> str:
     )
 
 
-def _range(port: Port) -> str:
+def _range(port: DesignPort) -> str:
     return f"[{port.width - 1}:0] " if port.width > 1 else ""
 
 
@@ -115,13 +115,13 @@ def _indent(lines: list[str], spaces: int) -> str:
     return "\n".join(" " * spaces + line for line in lines)
 
 
-def _biased(ports: list[Port]) -> list[str]:
+def _biased(ports: list[DesignPort]) -> list[str]:
     """Statements that draw a value for each port, each near the one before."""
     near = [ports[-1].name, *(port.name for port in ports[:-1])]
     return [f"{port.name} = biased({other});" for port, other in zip(ports, near, strict=True)]
 
 
-def _combinational_stimulus(driven: list[Port]) -> list[str]:
+def _combinational_stimulus(driven: list[DesignPort]) -> list[str]:
     names = ", ".join(port.name for port in driven)
     total_bits = sum(port.width for port in driven)
     lines = [f"{{{names}}} = 0;"]
@@ -136,7 +136,7 @@ def _combinational_stimulus(driven: list[Port]) -> list[str]:
     ]
 
 
-def _clocked_stimulus(design: Design, driven: list[Port]) -> list[str]:
+def _clocked_stimulus(design: Design, driven: list[DesignPort]) -> list[str]:
     resets = [port for port in driven if port.role.startswith("reset")]
     enables = [port for port in driven if port.role == "enable"]
     data = [port for port in driven if port.role == "data"]

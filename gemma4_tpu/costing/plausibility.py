@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gemma4_tpu.costing import ceiling
 from gemma4_tpu.costing.ceiling import Ceiling, DoesNotFit
@@ -42,16 +43,23 @@ class Judgement:
         return DOUBTFUL if self.share > DOUBTFUL_FROM else POSSIBLE
 
 
-def judge(figures: Figures) -> tuple[list[Judgement], list[str]]:
+class NotJudged(NamedTuple):
+    """A figure without a ceiling."""
+
+    figure: Figure
+    reason: str
+
+
+def judge(figures: Figures) -> tuple[list[Judgement], list[NotJudged]]:
     """Every figure that has a ceiling, and why the others have none."""
     judged: list[Judgement] = []
-    left: list[str] = []
+    left: list[NotJudged] = []
     every: list[Training | Point] = [*figures.trainings, *figures.points]
     for figure in every:
         found = list(_training(figure) if isinstance(figure, Training) else _point(figure))
         judged += found
         if not found:
-            left.append(f"{figure.name}: {_why_not(figure)}")
+            left.append(NotJudged(figure, _why_not(figure)))
     return judged, left
 
 

@@ -61,7 +61,7 @@ class Example(NamedTuple):
         return len(self.ids) - 1 - (self.second > 0)
 
 
-class _Answer(NamedTuple):
+class _AnswerPlace(NamedTuple):
     """An answer, and what a server sends before it."""
 
     message: int
@@ -77,7 +77,7 @@ class Rendering:
 
     messages: list[Message]
     tools: list[Any] | None = None
-    answers: list[_Answer] = field(default_factory=list)
+    answers: list[_AnswerPlace] = field(default_factory=list)
     text: str | None = None
     """Plain text, all of it with loss."""
 
@@ -208,7 +208,7 @@ class ChatFormat:
             examples.append(Example(ids, flags, len(spans), pictures=tuple(pictures_of(messages))))
         return examples
 
-    def _answer(self, messages: list[Message], number: int, tools: list[Any] | None) -> _Answer:
+    def _answer(self, messages: list[Message], number: int, tools: list[Any] | None) -> _AnswerPlace:
         """Prompt and answer number `number`, with the answer as the template renders it, preceded by its thought."""
         prompt = self._prompt(messages[:number], tools)
         history, header, channel = _split_prompt(prompt)
@@ -234,7 +234,7 @@ class ChatFormat:
             body = (f"{thought}\n" if thought else "") + markup.CHANNEL_END + body
         elif thought:
             body = markup.thought_channel(thought) + body
-        return _Answer(number, prompt, body, closes=opened and not thought)
+        return _AnswerPlace(number, prompt, body, closes=opened and not thought)
 
     def _prompt(self, messages: list[Message], tools: list[Any] | None) -> str:
         return self._apply(messages, tools, add_generation_prompt=True)

@@ -69,12 +69,12 @@ class Prover:
           RowDropped: `bad_rendering`, naming the message and what was found instead.
         """
         pieces = self._splitter.split(ids, text)
-        _Reader(pieces, messages, tools or [], {span.message for span in spans}, self._words).read()
+        _Assigner(pieces, messages, tools or [], {span.message for span in spans}, self._words).read()
         for span in spans:
             _check_span(ids, pieces, span, messages, self._names)
 
 
-class _Reader:
+class _Assigner:
     """Assigns every stretch to the message that it belongs to."""
 
     def __init__(

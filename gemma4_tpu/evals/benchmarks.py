@@ -6,7 +6,7 @@ from gemma4_tpu import assets
 from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Problem, ProblemSource, check_problems
-from gemma4_tpu.evals.verilog.completion import VerilogEvalCompletion
+from gemma4_tpu.evals.verilog.code_completion import VerilogEvalCompletion
 from gemma4_tpu.evals.verilog.cvdp import Cvdp
 from gemma4_tpu.evals.verilog.resbench import ResBench
 from gemma4_tpu.evals.verilog.rtllm import RtllmFolders

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma4_tpu.models.gemma4 import Model, Params, hidden_states
-from gemma4_tpu.step.loss import token_nll
+from gemma4_tpu.step.loss import Head, token_nll
 
 LOGITS_TOKENS = 1024
 """Number of a batch's tokens whose logits exist at one time."""
@@ -38,7 +38,7 @@ def answer_logprobs(
     segments, positions = (places >= first).astype(jnp.int32), jnp.maximum(places - first, 0)
     hidden = hidden_states(model, params, lora, tokens, segments, positions, features=features)
     hidden = hidden[:, -most - 1 : -1]  # [B, most, D]
-    table, cap = params["embedder"]["input_embedding"], model.arch.final_logit_softcap
-    nll = token_nll(hidden, table, tokens[:, -most:], cap, max(1, LOGITS_TOKENS // b), None, model.mesh)
+    head = Head(model.arch.final_logit_softcap, max(1, LOGITS_TOKENS // b), mesh=model.mesh)
+    nll = token_nll(hidden, params["embedder"]["input_embedding"], tokens[:, -most:], head)
     counted = jnp.arange(most)[None, :] >= most - answers[:, None]
     return -jnp.where(counted, nll, 0.0).sum(axis=-1)

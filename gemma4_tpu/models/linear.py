@@ -26,7 +26,7 @@ from gemma4_tpu.models.weights import BY_NAME, Weight
 
 
 @dataclass(frozen=True)
-class _Adapter:
+class _AppliedAdapter:
     """One weight's adapter while it runs."""
 
     weight: Weight
@@ -104,7 +104,7 @@ class LinearMaps:
         """Applies a map whose weight is replicated to a chip's own tokens: [B, S, …] → [B, S, …]."""
         return self.plain(name, x) if self._adapter(name) is None else self.to_model_dim(name, x)
 
-    def _first_halves(self, adapters: list[_Adapter], x: jax.Array) -> jax.Array:
+    def _first_halves(self, adapters: list[_AppliedAdapter], x: jax.Array) -> jax.Array:
         """Returns x · A of each adapter, [B, S, Σr]; one product unless dropout masks their inputs differently."""
         factors = [adapter.a.astype(x.dtype) for adapter in adapters]
         if not self._drops:
@@ -112,7 +112,7 @@ class LinearMaps:
         dropped = (self._dropped(adapter.weight, x) for adapter in adapters)
         return jnp.concatenate([jnp.einsum("btd,dr->btr", *pair) for pair in zip(dropped, factors, strict=True)], -1)
 
-    def _second_halves(self, adapters: list[_Adapter], x: jax.Array, low: jax.Array) -> list[jax.Array]:
+    def _second_halves(self, adapters: list[_AppliedAdapter], x: jax.Array, low: jax.Array) -> list[jax.Array]:
         """Returns x · W + low · B of each."""
         weights = tuple(adapter.weight for adapter in adapters)
         ends = list(itertools.accumulate(adapter.how.rank for adapter in adapters))
@@ -133,7 +133,7 @@ class LinearMaps:
         """Returns x · W of an adapted weight."""
         return constrain(self.plain(weight.name, x), "BSD", self.mesh)
 
-    def _turned(self, adapter: _Adapter, y: jax.Array) -> jax.Array:
+    def _turned(self, adapter: _AppliedAdapter, y: jax.Array) -> jax.Array:
         """Returns y = x · W + scale · (x·A)·B, with DoRA rescaled to the trained row lengths."""
         if adapter.magnitude is None:
             return y
@@ -158,7 +158,7 @@ class LinearMaps:
             held = gathered(held, weight, self.mesh)
         return held
 
-    def _adapter(self, name: str) -> _Adapter | None:
+    def _adapter(self, name: str) -> _AppliedAdapter | None:
         """The adapter of a weight; None if it has none."""
         weight, beside = BY_NAME[name], self.lora
         *module, last = weight.path
@@ -167,4 +167,4 @@ class LinearMaps:
         if f"{last}_lora_a" not in beside:
             return None
         a, b = (beside[f"{last}_lora_{factor}"] for factor in "ab")
-        return _Adapter(weight, self.adapted[name], a, b, beside.get(f"{last}_lora_magnitude"))
+        return _AppliedAdapter(weight, self.adapted[name], a, b, beside.get(f"{last}_lora_magnitude"))

@@ -125,7 +125,7 @@ def splash_attention(
         return attend(kernel, q, k, v, segment_ids).swapaxes(1, 2)
 
 
-class _Grid(NamedTuple):
+class _BlockGrid(NamedTuple):
     """The blocks that a kernel visits."""
 
     mask: masks.LocalMask | masks.CausalMask
@@ -138,23 +138,25 @@ class _Grid(NamedTuple):
     """
 
 
-def _grid(length: int, parts: int, window: int | None) -> _Grid:
+def _grid(length: int, parts: int, window: int | None) -> _BlockGrid:
     """The grid for rows of `length` tokens, split over `parts` chips."""
     own = length // parts
     if window is not None:
         blocks = _blocks(own)
         halo = -(-(window - 1) // blocks.block_kv) * blocks.block_kv if parts > 1 else 0
-        return _Grid(masks.LocalMask((own, halo + own), (window - 1, 0), offset=halo), blocks, halo)
+        return _BlockGrid(masks.LocalMask((own, halo + own), (window - 1, 0), offset=halo), blocks, halo)
     if parts == 1:
-        return _Grid(masks.CausalMask((length, length)), _blocks(length))
+        return _BlockGrid(masks.CausalMask((length, length)), _blocks(length))
     blocks = _blocks(own // 2)
     few = length // blocks.block_q * FEW
     mask = masks.CausalMask((few, few))
     mask.q_sequence = exchanged_places(few, parts)
-    return _Grid(mask, blocks, exchanged=exchanged_places(length, parts))
+    return _BlockGrid(mask, blocks, exchanged=exchanged_places(length, parts))
 
 
-def _kernel(grid: _Grid, heads: int, head_shards: int, parts: int, interpret: bool) -> splash.SplashAttentionKernel:
+def _kernel(
+    grid: _BlockGrid, heads: int, head_shards: int, parts: int, interpret: bool
+) -> splash.SplashAttentionKernel:
     whole_rows = grid.exchanged is None
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([grid.mask] * heads),

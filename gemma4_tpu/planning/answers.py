@@ -64,7 +64,7 @@ def answers(
         kept_as = [answer["versions"], places]
         phases = Phases(given, rollouts, mesh, grid, dump, answer["hbm_limit_bytes"], kept_as)
         answer["phases"] = phases.assigned()
-    work = _Work(given, grid, key)
+    work = _StepToCompile(given, grid, key)
     if (known := work.kept()) is not None:
         if phases is not None and to_the_end:
             answer["phases"] = phases.finished()
@@ -77,7 +77,7 @@ def answers(
 
 
 @dataclass(frozen=True)
-class _Work:
+class _StepToCompile:
     """A step to compile, unless it is cached."""
 
     given: compiling.Shapes

@@ -46,6 +46,8 @@ class PlanChecked:
     """For the report; they changed nothing."""
     teacher: TeacherModel | None = None
     """For objectives that have one; without adapters, whose size is negligible."""
+    missing: tuple[str, ...] = ()
+    """Why the checkpoint's own numbers are unknown; those of `model.name` are planned with instead."""
 
 
 def normalise_plan(root: PlanRoot) -> PlanRoot:
@@ -107,7 +109,9 @@ def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Refusal]]:
         warnings.append(f"{'; '.join(missing)}: planned with the numbers of {architecture.name}")
     if is_on_policy(root.objective) and root.rollouts.reward is not None:
         warnings.append(f"objective={root.objective.kind}: planned without rewards, computed while it decodes")
-    return PlanChecked(architecture, wanted, checked.mesh, _data_here(root), tuple(warnings), teacher), []
+    return PlanChecked(
+        architecture, wanted, checked.mesh, _data_here(root), tuple(warnings), teacher, tuple(missing)
+    ), []
 
 
 def recipe_of(root: PlanRoot, checked: PlanChecked) -> Recipe:

@@ -27,8 +27,6 @@ from gemma4_tpu.planning.planned import Planned
 from gemma4_tpu.training.meshes import legal_meshes, resolve_mesh, row_splits
 
 log = logging.getLogger(__name__)
-LEFT_OUT = "plan.max_candidates"
-"""With its value, the reason given for candidates beyond the number that a search compiles."""
 COMPILATION_BYTES = 6 * 2**30
 """Memory of this machine that one compilation of a large model can take."""
 
@@ -69,6 +67,8 @@ class Found:
     """
     skipped: list[dict[str, str]] = field(default_factory=list)
     """Candidates that were not compiled: `candidate` and `reason`."""
+    left_out: int = 0
+    """How many of these, the last ones, `plan.max_candidates` left out."""
 
 
 def search(planned: Planned) -> Found:
@@ -110,7 +110,9 @@ def search(planned: Planned) -> Found:
     finally:
         for _, compilation in running:
             compilation.close()
-    found.skipped += [{"candidate": " ".join(one.overrides), "reason": f"{LEFT_OUT}={limit}"} for one in waiting]
+    found.left_out = len(waiting)
+    reason = f"plan.max_candidates={limit}"
+    found.skipped += [{"candidate": " ".join(one.overrides), "reason": reason} for one in waiting]
     if planned.config.plan.schedule:
         _schedule(found, fitting, planned.config.plan)
     known = [one["plan"] for one in found.results]

@@ -1,1 +1,1 @@
-"""One page about one or more runs: plan, training, merge, evaluation, serving and cost. Imports no JAX."""
+"""Lays out what is shown: tables, pages, plots, and rows or prompts before a run. Importing it brings no JAX."""

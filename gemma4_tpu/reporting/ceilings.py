@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from gemma4_tpu.costing.figures import BY, ESTIMATED, MEASURED, Figures, Point
-from gemma4_tpu.costing.plausibility import DOUBTFUL, DOUBTFUL_FROM, IMPOSSIBLE, Judgement, judge, worst
+from gemma4_tpu.costing.plausibility import DOUBTFUL, DOUBTFUL_FROM, IMPOSSIBLE, Judgement, NotJudged, judge, worst
 from gemma4_tpu.costing.read import read
 from gemma4_tpu.markdown import plain, table
 from gemma4_tpu.reporting.costs import command_line, deliver, head, joined, remarks, sources
@@ -64,16 +64,16 @@ def _arithmetic(judged: Sequence[Judgement]) -> Iterator[str]:
     yield ""
 
 
-def _left(left: Sequence[str]) -> Iterator[str]:
+def _left(left: Sequence[NotJudged]) -> Iterator[str]:
     if left:
-        yield from ["## Not judged", "", *(f"- {line}" for line in left), ""]
+        yield from ["## Not judged", "", *(f"- {one.figure.name}: {one.reason}" for one in left), ""]
 
 
 def nearest_to_ceiling(figures: Figures) -> Iterator[str]:
     """Whether the slice can have done what is reported: figures too close to their ceiling, or above it."""
     judged, left = judge(figures)
     if not judged:
-        reasons = "; ".join(dict.fromkeys(line.rpartition(": ")[2] for line in left)) or "no throughput is recorded"
+        reasons = "; ".join(dict.fromkeys(one.reason for one in left)) or "no throughput is recorded"
         yield from ["### Compared with the slice's ceiling", "", f"Not judged: {plain(reasons)}.", ""]
         return
     nearest = max(judged, key=lambda one: one.share)

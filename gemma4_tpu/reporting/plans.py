@@ -12,7 +12,7 @@ from rich.text import Text
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.misfit import format_bytes
-from gemma4_tpu.planning.search import LEFT_OUT, Found, cost, free
+from gemma4_tpu.planning.search import Found, cost, free
 from gemma4_tpu.reporting.plan_rows import cost_rows, format_time, plan_rows, schedule_rows
 
 _WIDEST = 200
@@ -130,10 +130,9 @@ def print_search(found: Found, folder: Path) -> None:
     if found.front:
         by = "the middle of the schedule's band" if found.front[0].step_seconds is not None else "half the roofline"
         out.print(Text(f"\n→ nothing else is both cheaper and has more HBM free. Tokens and dollars at {by}."))
-    left_out = [skip for skip in found.skipped if skip["reason"].startswith(LEFT_OUT)]
-    for skip in found.skipped:
-        if skip not in left_out:
-            out.print(Text(f"skipped {skip['candidate']}: {skip['reason']}"))
-    if left_out:
-        out.print(Text(f"{len(left_out)} more were left out by {left_out[0]['reason']} (search.json lists them)"))
+    for skip in found.skipped[: len(found.skipped) - found.left_out]:
+        out.print(Text(f"skipped {skip['candidate']}: {skip['reason']}"))
+    if found.left_out:
+        limit = found.skipped[-1]["reason"]
+        out.print(Text(f"{found.left_out} more were left out by {limit} (search.json lists them)"))
     out.print(Text(f"search.json and hbm.png: {folder}"), soft_wrap=True)

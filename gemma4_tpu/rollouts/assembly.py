@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.config.rollouts import RolloutsConfig
@@ -14,6 +13,7 @@ from gemma4_tpu.evals.generate import padded_width
 from gemma4_tpu.rollouts.batch import BatchShape
 from gemma4_tpu.rollouts.certificate import Certificate
 from gemma4_tpu.rollouts.collecting import Collector
+from gemma4_tpu.rollouts.on_policy_run import OnPolicyRun
 from gemma4_tpu.rollouts.policy_tasks import asked
 from gemma4_tpu.rollouts.rewarding import Reward, open_reward
 from gemma4_tpu.rollouts.sampler import Sampler, SamplerShapes
@@ -23,7 +23,6 @@ from gemma4_tpu.rollouts.source import Making, OnPolicySource, Show
 from gemma4_tpu.rollouts.validation import Validation
 from gemma4_tpu.step.grpo import Grpo
 from gemma4_tpu.step.train_step import Step
-from gemma4_tpu.training.hosts import ALONE, Hosts
 
 SELECTIONS: dict[str, Callable[[RolloutsConfig], Selection]] = {
     "grpo": lambda config: by_advantage(config, Grpo.fields),
@@ -58,42 +57,35 @@ def make_source(
 
 
 def begin(
-    source: OnPolicySource, config: RolloutsConfig, step: Step, base: Any, tokenizer: Any, stop_ids: Sequence[int], *,
-    seed: int, run: Path, resume_from: int | None, report: Callable[[dict[str, Any], int], None],
-    show: Show, progress: Callable[[], None], hosts: Hosts = ALONE,
+    source: OnPolicySource, run: OnPolicyRun, step: Step, base: Any, tokenizer: Any, stop_ids: Sequence[int], *,
+    report: Callable[[dict[str, Any], int], None], show: Show,
 ) -> None:  # fmt: skip
     """Makes a source ready: starts the reward, and creates sampler and certificate.
 
     Args:
       source: from `make_source`.
-      config: as there.
+      run: what to draw, and for which run.
       step: the trainer's own.
       base: the frozen weights.
       tokenizer: the checkpoint's own.
       stop_ids: tokens that end an answer.
-      seed: of the run.
-      run: the run folder.
-      resume_from: the update to resume from; None: a new run.
       report: receives metrics of an update.
       show: receives answers, as tables for a tracker.
-      progress: called now and then.
-      hosts: the processes of the run; the reward is started on process 0.
 
     Raises:
       UserError: the reward does not start.
     """
+    config = run.config
     width = padded_width([range(config.prompt_tokens)])  # a width that attention's kernel accepts
     shapes = SamplerShapes(config.slots, config.prompts, width, config.new_tokens)
     with ExitStack() as opened:
         rewards: list[Reward | None] = []
-        hosts.from_first(lambda: rewards.append(opened.enter_context(open_reward(config))))
-        certificate = Certificate(run, config, step.model.compute_dtype, resume_from, hosts)
+        run.hosts.from_first(lambda: rewards.append(opened.enter_context(open_reward(config))))
+        certificate = Certificate(run, step.model.compute_dtype)
         opened.callback(certificate.close)
-        collector = Collector(
-            Sampler(step, stop_ids, shapes), rewards[0] if rewards else None, tokenizer, config,
-            seed=seed, run=run, is_live=source.selection.is_live, progress=progress, hosts=hosts,
-        )  # fmt: skip
-        validation = Validation(source.validated_on, config, source.total_updates, run, resume_from, hosts)
+        reward = rewards[0] if rewards else None
+        collector = Collector(Sampler(step, stop_ids, shapes), reward, tokenizer, source.selection.is_live, run)
+        validation = Validation(source.validated_on, source.total_updates, run)
         opened.callback(validation.close)
         making = Making(collector, Scorer(step), certificate, validation, base, report, show, opened.pop_all())
         source.begin(making)

@@ -20,18 +20,16 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.rollouts.collecting import Collected, Group
+from gemma4_tpu.rollouts.on_policy_run import OnPolicyRun
 from gemma4_tpu.rollouts.rewarding import Rewarded
 from gemma4_tpu.tracking.metrics import MetricsFile, read_metrics
 from gemma4_tpu.tracking.records import CERTIFICATE, CERTIFICATE_FILE, write_record
-from gemma4_tpu.training.hosts import ALONE, Hosts
 
 log = logging.getLogger(__name__)
 
@@ -98,17 +96,13 @@ class ExpectedLoss:
 class Certificate:
     """Records how each update came about, and ends a run that is not on-policy or leaves its bands."""
 
-    def __init__(
-        self, run: Path, config: RolloutsConfig, dtype: Any, resume_from: int | None, hosts: Hosts = ALONE
-    ):  # fmt: skip
-        """Opens the certificate of a policy computed in `dtype`. Keeps the rows up to the update `resume_from`; None: a
-        new run.
-        """
-        self._hosts = hosts
-        self._path, self._config = run / CERTIFICATE_FILE, config
-        self._limit = config.max_logprob_difference or MAX_DIFFERENCE[np.dtype(dtype).name]
-        self._rows = MetricsFile(run / ROWS_FILE, after_update=resume_from, write=hosts.first)
-        self._known: list[dict[str, Any]] = hosts.from_first(lambda: read_metrics(run / ROWS_FILE))
+    def __init__(self, run: OnPolicyRun, dtype: Any):
+        """Opens the certificate of a policy computed in `dtype`; a resumed run keeps the rows up to that update."""
+        self._hosts, self._config, rows = run.hosts, run.config, run.folder / ROWS_FILE
+        self._path = run.folder / CERTIFICATE_FILE
+        self._limit = run.config.max_logprob_difference or MAX_DIFFERENCE[np.dtype(dtype).name]
+        self._rows = MetricsFile(rows, after_update=run.resume_from, write=run.hosts.first)
+        self._known: list[dict[str, Any]] = run.hosts.from_first(lambda: read_metrics(rows))
 
     def is_due(self, update: int, trained: str) -> bool:
         """Whether to compare the roll-outs of `update`, drawn from the values with this digest: every `check_every`

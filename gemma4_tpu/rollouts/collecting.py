@@ -13,22 +13,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.generate import visible
 from gemma4_tpu.evals.store import Key
 from gemma4_tpu.rollouts.digest import digest
+from gemma4_tpu.rollouts.on_policy_run import OnPolicyRun
 from gemma4_tpu.rollouts.policy_tasks import Task
 from gemma4_tpu.rollouts.rewarding import Answer, Reward, Rewarded
 from gemma4_tpu.rollouts.sampler import Drawn, Sampler, Wanted
 from gemma4_tpu.rollouts.stored import StoredUpdate
 from gemma4_tpu.tracking.records import ROLLOUTS
-from gemma4_tpu.training.hosts import ALONE, Hosts
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +70,8 @@ class Collector:
     """Asks the policy and has its answers judged."""
 
     def __init__(
-        self, sampler: Sampler, reward: Reward | None, tokenizer: Any, config: RolloutsConfig, *, seed: int, run: Path,
-        is_live: Callable[[Group], bool], progress: Callable[[], None] = lambda: None, hosts: Hosts = ALONE,
+        self, sampler: Sampler, reward: Reward | None, tokenizer: Any, is_live: Callable[[Group], bool],
+        run: OnPolicyRun,
     ):  # fmt: skip
         """Connects sampler and reward.
 
@@ -81,17 +79,11 @@ class Collector:
           sampler: draws answers.
           reward: judges them; None: they are not judged, or process 0 alone judges.
           tokenizer: decodes tokens.
-          config: how many to draw.
-          seed: of the run.
-          run: the run folder.
           is_live: whether a group has something to learn from.
-          progress: called now and then.
-          hosts: the processes of the run, all of which draw; process 0 judges and stores.
+          run: what to draw, and for which run.
         """
-        self._hosts = hosts
-        self._recorded = Path(config.recorded) if config.recorded else None
-        self._sampler, self._reward, self._tokenizer, self._config = sampler, reward, tokenizer, config
-        self._seed, self._run, self._is_live, self._progress = seed, run, is_live, progress
+        self._sampler, self._reward, self._tokenizer, self._is_live = sampler, reward, tokenizer, is_live
+        self._run, self._config = run, run.config
 
     def __call__(
         self, updates: Sequence[int], trained: Any, base: Any, tasks: Sequence[Iterator[Task]], adapter: str
@@ -112,7 +104,7 @@ class Collector:
         with ExitStack() as opened:
             asking = []
             for update, asked in zip(updates, tasks, strict=True):
-                stored = StoredUpdate(self._run, update, adapter, "", self._hosts, self._recorded)
+                stored = StoredUpdate(self._run, update, adapter)
                 asking.append(_Asking(update, asked, opened.enter_context(stored), may_draw))
             thread = opened.enter_context(ThreadPoolExecutor(1, thread_name_prefix="reward"))
             for one in asking:
@@ -146,7 +138,7 @@ class Collector:
         """The policy's answers after `update` to prompts that are never trained on, always with the same seeds."""
         groups: list[Group] = []
         with (
-            StoredUpdate(self._run, update, digest(trained), "validation_", self._hosts, self._recorded) as store,
+            StoredUpdate(self._run, update, digest(trained), "validation_") as store,
             ThreadPoolExecutor(1, thread_name_prefix="reward") as thread,
         ):
             for start in range(0, len(tasks), self._config.prompts):
@@ -167,7 +159,7 @@ class Collector:
         for place, task in enumerate(tasks):
             for number in range(self._config.samples):
                 key = task.name, number
-                wanted = Wanted(place, number, sample_seed(self._seed, when, *key))
+                wanted = Wanted(place, number, sample_seed(self._run.seed, when, *key))
                 if (known := store.drawn(key, wanted)) is not None:
                     wave.drawn[key] = known
                     wave.drawn_with.add(store.adapter)
@@ -176,7 +168,7 @@ class Collector:
         if missing and not may_draw:
             raise UserError(
                 f"update {when}: {len(missing)} of its answers, which an earlier policy gave, are missing in"
-                f" {self._run / ROLLOUTS}; bring the folder back, or resume from an earlier checkpoint"
+                f" {self._run.folder / ROLLOUTS}; bring the folder back, or resume from an earlier checkpoint"
             )
         wave.judging.add([(key, self._answer(tasks[one.wanted.prompt], one)) for key, one in wave.drawn.items()])
         if missing:
@@ -186,15 +178,15 @@ class Collector:
                 wave.drawn[key] = one
                 store.add_drawn(key, one)
                 wave.judging.add([(key, self._answer(task, one))])
-                self._progress()
+                self._run.progress()
             wave.drawn_with.add(self._sampler.drawn_from)
         return wave
 
     def _judged(self, wave: _Wave) -> list[Group]:
         """The groups of a wave, once their verdicts have come."""
-        told = self._hosts.from_first(lambda: [[*key, vars(one)] for key, one in wave.judging.finish().items()])
+        told = self._run.hosts.from_first(lambda: [[*key, vars(one)] for key, one in wave.judging.finish().items()])
         rewarded = {(name, number): Rewarded(**one) for name, number, one in told}
-        self._progress()
+        self._run.progress()
         keys = [[(task.name, number) for number in range(self._config.samples)] for task in wave.tasks]
         return [
             Group(task, [wave.drawn[key] for key in of_task], [rewarded[key] for key in of_task if key in rewarded])

@@ -161,13 +161,13 @@ def open_reward(config: RolloutsConfig) -> AbstractContextManager[Reward | None]
     if config.reward is None:
         return nullcontext(None)
     if config.reward == JUDGE:
-        return _Judging(config)
+        return _JudgeHere(config)
     if is_address(config.reward):
         return nullcontext(ByEndpoint(config.reward, config.reward_timeout_seconds))
     return nullcontext(ByFunction(config.reward))
 
 
-class _Judging:
+class _JudgeHere:
     """The judge's process, for as long as it is needed."""
 
     def __init__(self, config: RolloutsConfig):

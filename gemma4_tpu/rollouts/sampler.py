@@ -65,7 +65,7 @@ class Drawn:
 
 
 @dataclass
-class _Row:
+class _InProgress:
     """A sample in progress."""
 
     wanted: Wanted
@@ -109,7 +109,7 @@ class Sampler:
         self.drawn_from = digest(trained)
         read = self._prompts(trained, base, prompts)
         state, waiting = self._empty(read), deque(wanted)
-        rows: list[_Row | None] = [None] * self._shapes.slots
+        rows: list[_InProgress | None] = [None] * self._shapes.slots
         while waiting or any(rows):
             if waiting and not all(rows):
                 state = self._fill(state, read, rows, waiting)
@@ -126,7 +126,7 @@ class Sampler:
         return self._read(trained, base, self._placed(tokens), self._placed(lengths))
 
     def _fill(
-        self, state: decoding.Slots, read: decoding.Prompts, rows: list[_Row | None], waiting: deque[Wanted]
+        self, state: decoding.Slots, read: decoding.Prompts, rows: list[_InProgress | None], waiting: deque[Wanted]
     ) -> decoding.Slots:
         """Puts waiting samples into free rows."""
         taken = np.zeros(len(rows), bool)
@@ -134,11 +134,11 @@ class Sampler:
         for b, row in enumerate(rows):
             if row is None and waiting:
                 wanted = waiting.popleft()
-                rows[b] = _Row(wanted)
+                rows[b] = _InProgress(wanted)
                 taken[b], which[b], seeds[b] = True, wanted.prompt, wanted.seed
         return self._admit(state, read, *map(self._placed, (taken, which, seeds)))
 
-    def _ended(self, rows: list[_Row | None], tokens: np.ndarray, logprobs: np.ndarray) -> Iterator[Drawn]:
+    def _ended(self, rows: list[_InProgress | None], tokens: np.ndarray, logprobs: np.ndarray) -> Iterator[Drawn]:
         """Appends a segment [B, K] to every row, and removes and yields the samples that end in it."""
         for b, row in enumerate(rows):
             if row is None:

@@ -57,7 +57,7 @@ class Making:
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class _WaitingRollouts:
     """Roll-outs that wait for their update."""
 
     update: int
@@ -102,7 +102,7 @@ class OnPolicySource:
         self._asked = 0  # number of prompts so far
         self._update = 0
         self._adapter = ""  # digest of the values that the newest roll-outs are of
-        self._waiting: deque[_Drawn] = deque()
+        self._waiting: deque[_WaitingRollouts] = deque()
         self._left: list[list[int]] = []  # prompts of the updates whose roll-outs waited when the run was saved
         self._lag = 0  # of the first of them
         self._made: Update | None = None
@@ -166,7 +166,7 @@ class OnPolicySource:
         seconds = (time.perf_counter() - started) / count
         for number, (update, found) in enumerate(zip(updates, collected, strict=True)):
             compared = self._compared(trained, found) if is_due and not number else None
-            self._waiting.append(_Drawn(update, lag + number, found, asked[number], compared, seconds))
+            self._waiting.append(_WaitingRollouts(update, lag + number, found, asked[number], compared, seconds))
 
     def _next(self, trained: Any) -> Update:
         assert self._making is not None

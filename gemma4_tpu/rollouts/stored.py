@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 
 from gemma4_tpu.evals.store import Key, Rows
+from gemma4_tpu.rollouts.on_policy_run import OnPolicyRun
 from gemma4_tpu.rollouts.rewarding import Rewarded
 from gemma4_tpu.rollouts.sampler import Drawn, Wanted
 from gemma4_tpu.tracking.files import write_text
 from gemma4_tpu.tracking.records import ROLLOUTS
 from gemma4_tpu.tracking.typed import COUNT, FLAG, NUMBER, TEXT, fields, listed
-from gemma4_tpu.training.hosts import ALONE, Hosts
 
 log = logging.getLogger(__name__)
 
@@ -43,24 +43,21 @@ _REWARDED = fields({"reward": NUMBER, "kind": TEXT, "detail": TEXT, "well_formed
 class StoredUpdate:
     """The roll-outs of one update; a context manager."""
 
-    def __init__(
-        self, run: Path, update: int, adapter: str, prefix: str = "", hosts: Hosts = ALONE, recorded: Path | None = None
-    ):
+    def __init__(self, run: OnPolicyRun, update: int, adapter: str, prefix: str = ""):
         """Opens what an earlier start left of this update, if it was drawn from the same policy.
 
         Args:
-          run: the run folder.
+          run: its folder has them; if it has none yet, those of `rollouts.recorded` are taken over.
           update: from 1.
           adapter: digest of the policy's trained values.
           prefix: of the files' names behind the update: `validation_` for answers that are not trained on.
-          hosts: the processes of the run.
-          recorded: run folder whose roll-outs are taken over where this one has none yet.
         """
         self.adapter = adapter
         """Digest of the policy that these are of."""
         self._files: tuple[Rows, Rows] | None = None  # samples and verdicts; on process 0 alone
-        paths = [run / ROLLOUTS / f"{update:06}.{prefix}{name}.jsonl" for name in ("samples", "verdicts")]
-        known = hosts.from_first(lambda: self._open(paths, recorded))
+        paths = [run.folder / ROLLOUTS / f"{update:06}.{prefix}{name}.jsonl" for name in ("samples", "verdicts")]
+        recorded = Path(run.config.recorded) if run.config.recorded else None
+        known = run.hosts.from_first(lambda: self._open(paths, recorded))
         self._known = {(row["problem"], row["sample"]): row for row in known}
 
     def _open(self, paths: Sequence[Path], recorded: Path | None) -> list[dict[str, Any]]:

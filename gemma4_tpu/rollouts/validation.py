@@ -8,18 +8,16 @@ prompt by prompt, which leaves only the difference between the policies.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.evals.passk import interval
 from gemma4_tpu.rollouts.collecting import Collector
+from gemma4_tpu.rollouts.on_policy_run import OnPolicyRun
 from gemma4_tpu.rollouts.policy_tasks import Task
 from gemma4_tpu.tracking.metrics import MetricsFile, read_metrics
 from gemma4_tpu.tracking.records import VALIDATION_FILE
-from gemma4_tpu.training.hosts import ALONE, Hosts
 
 
 class Validation:
@@ -29,16 +27,13 @@ class Validation:
     (`low`, `high`; absent in the first row), and the `rewards` of the prompts, in order.
     """
 
-    def __init__(
-        self, tasks: Sequence[Task], config: RolloutsConfig, updates: int, run: Path, resume_from: int | None,
-        hosts: Hosts = ALONE,
-    ):  # fmt: skip
-        """Of a run of so many `updates`, which resumes from `resume_from`; None: a new run."""
-        self._tasks, self._config, self._updates = list(tasks), config, updates
-        path, self._known = run / VALIDATION_FILE, list[dict[str, Any]]()
-        self._file = MetricsFile(path, after_update=resume_from, write=hosts.first) if tasks else None
+    def __init__(self, tasks: Sequence[Task], updates: int, run: OnPolicyRun):
+        """Of a run of so many `updates`."""
+        self._tasks, self._config, self._updates = list(tasks), run.config, updates
+        path, self._known = run.folder / VALIDATION_FILE, list[dict[str, Any]]()
+        self._file = MetricsFile(path, after_update=run.resume_from, write=run.hosts.first) if tasks else None
         if tasks:
-            self._known = hosts.from_first(lambda: read_metrics(path))
+            self._known = run.hosts.from_first(lambda: read_metrics(path))
 
     def is_due(self, update: int) -> bool:
         """Before the first update, at intervals, and after the last one; never twice."""

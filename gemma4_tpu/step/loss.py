@@ -10,6 +10,7 @@ the cross-entropy plug in as a `Score` (`token_losses`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,22 @@ Score = Callable[[jax.Array, Any, Any], tuple[jax.Array, jax.Array]]
 """`score(logits [B, c, V] float32, a chunk of per-token data, shared data)` → loss [B, c] and its gradient with respect
 to the logits [B, c, V].
 """
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits, and which of their gradients are wanted; static."""
+
+    cap: float | None
+    """Softcap of the logits."""
+    chunk_tokens: int
+    """Tokens per row, or per part of a row that `cp` splits, whose logits are materialised at a time (rounded down to
+    divide T evenly).
+    """
+    trained_rows: tuple[int, ...] | None = None
+    """Also compute the gradient with respect to these rows of the table (`()`: all); None: it is frozen."""
+    mesh: Mesh | None = None
+    """For sharding constraints; None: there are none."""
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
@@ -49,16 +66,9 @@ def _parts(length: int, mesh: Mesh | None) -> int:
     return parts if length % parts == 0 else 1
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def summed_cross_entropy(
-    hidden: jax.Array,
-    table: jax.Array,
-    targets: jax.Array,
-    target_mask: jax.Array,
-    cap: float | None,
-    chunk_tokens: int,
-    trained_rows: tuple[int, ...] | None,
-    mesh: Mesh | None,
+    hidden: jax.Array, table: jax.Array, targets: jax.Array, target_mask: jax.Array, head: Head
 ) -> jax.Array:
     """Sum of negative log-likelihoods of the target tokens.
 
@@ -67,45 +77,21 @@ def summed_cross_entropy(
       table: [V, D] embedding table, which is also the output layer.
       targets: [B, T] int32 next tokens.
       target_mask: [B, T] bool; only these count.
-      cap: softcap of the logits.
-      chunk_tokens: tokens per row, or per part of a row that `cp` splits, whose logits are materialised at a time
-        (rounded down to divide T evenly).
-      trained_rows: also compute the gradient with respect to these rows of `table` (`()`: all); None: it is frozen.
-      mesh: mesh for sharding constraints, or None.
+      head: how the table is used.
 
     Returns:
       float32 scalar.
     """
-    return _forward(
-        hidden, table, targets, None, target_mask, cross_entropy, cap, chunk_tokens, False, None, mesh
-    )[0]  # fmt: skip
+    return _forward(hidden, table, targets, None, target_mask, cross_entropy, head)[0]
 
 
-def token_nll(
-    hidden: jax.Array,
-    table: jax.Array,
-    targets: jax.Array,
-    cap: float | None,
-    chunk_tokens: int,
-    trained_rows: tuple[int, ...] | None,
-    mesh: Mesh | None,
-) -> jax.Array:
+def token_nll(hidden: jax.Array, table: jax.Array, targets: jax.Array, head: Head) -> jax.Array:
     """Negative log-likelihood of every target in nats, float32 [B, T], including padding; see `token_losses`."""
-    return token_losses(hidden, table, targets, None, cross_entropy, cap, chunk_tokens, trained_rows, mesh)
+    return token_losses(hidden, table, targets, None, cross_entropy, head)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
-def token_losses(
-    hidden: jax.Array,
-    table: jax.Array,
-    beside: Any,
-    common: Any,
-    score: Score,
-    cap: float | None,
-    chunk_tokens: int,
-    trained_rows: tuple[int, ...] | None,
-    mesh: Mesh | None,
-) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def token_losses(hidden: jax.Array, table: jax.Array, beside: Any, common: Any, score: Score, head: Head) -> jax.Array:
     """A loss over the vocabulary for every token.
 
     A frozen table takes the same two passes over the vocabulary as `summed_cross_entropy`. The gradient of a trained
@@ -118,25 +104,23 @@ def token_losses(
       beside: tree of [B, T, …], per-token data for the score; gets no gradient.
       common: shared data for the score; gets no gradient.
       score: the loss.
-      cap: as for `summed_cross_entropy`.
-      chunk_tokens: as for `summed_cross_entropy`.
-      trained_rows: as for `summed_cross_entropy`.
-      mesh: as for `summed_cross_entropy`.
+      head: as for `summed_cross_entropy`.
 
     Returns:
       float32 [B, T], including padding.
     """
-    return _forward(hidden, table, beside, common, None, score, cap, chunk_tokens, False, None, mesh)[0]
+    return _forward(hidden, table, beside, common, None, score, head)[0]
 
 
-def _forward(hidden, table, beside, common, target_mask, score, cap, chunk_tokens, hidden_grad, trained_rows, mesh):
+def _forward(hidden, table, beside, common, target_mask, score, head, *, hidden_grad=False, table_grad=False):
     """Loss and the requested gradients, one chunk of T at a time; without a mask, the loss per token.
 
     `target_mask` can hold weights if only gradients are requested.
     """
+    cap, mesh, trained_rows = head.cap, head.mesh, head.trained_rows if table_grad else None
     b, t, _ = hidden.shape
     parts = _parts(t, mesh)
-    c = chunk_length(t // parts, chunk_tokens * token_parts(mesh) // parts)
+    c = chunk_length(t // parts, head.chunk_tokens * token_parts(mesh) // parts)
     weights = constrain(table.astype(hidden.dtype), "VD", mesh)  # gathered over fsdp once, not per chunk
 
     # Each chunk takes c tokens from every chip's part of T: consecutive chunks of T would be on one chip after the
@@ -182,14 +166,14 @@ def _forward(hidden, table, beside, common, target_mask, score, cap, chunk_token
     return loss, d_hidden, None if trained_rows is None else d_table.astype(table.dtype)
 
 
-def _vjp_forward(hidden, table, targets, target_mask, cap, chunk_tokens, trained_rows, mesh):
+def _vjp_forward(hidden, table, targets, target_mask, head):
     total, d_hidden, d_table = _forward(
-        hidden, table, targets, None, target_mask, cross_entropy, cap, chunk_tokens, True, trained_rows, mesh
+        hidden, table, targets, None, target_mask, cross_entropy, head, hidden_grad=True, table_grad=True
     )
     return total, (d_hidden, d_table)
 
 
-def _vjp_backward(cap, chunk_tokens, trained_rows, mesh, residuals, g):
+def _vjp_backward(head, residuals, g):
     d_hidden, d_table = residuals
     d_hidden = (d_hidden * g).astype(d_hidden.dtype)
     return d_hidden, None if d_table is None else (d_table * g).astype(d_table.dtype), None, None
@@ -198,20 +182,18 @@ def _vjp_backward(cap, chunk_tokens, trained_rows, mesh, residuals, g):
 summed_cross_entropy.defvjp(_vjp_forward, _vjp_backward)
 
 
-def _token_vjp_forward(hidden, table, beside, common, score, cap, chunk_tokens, trained_rows, mesh):
-    frozen = trained_rows is None
-    losses, d_hidden, _ = _forward(
-        hidden, table, beside, common, None, score, cap, chunk_tokens, frozen, None, mesh
-    )  # fmt: skip
+def _token_vjp_forward(hidden, table, beside, common, score, head):
+    frozen = head.trained_rows is None
+    losses, d_hidden, _ = _forward(hidden, table, beside, common, None, score, head, hidden_grad=frozen)
     return losses, d_hidden if frozen else (hidden, table, beside, common)
 
 
-def _token_vjp_backward(score, cap, chunk_tokens, trained_rows, mesh, residuals, g):
-    if trained_rows is None:
+def _token_vjp_backward(score, head, residuals, g):
+    if head.trained_rows is None:
         return (residuals * g[..., None]).astype(residuals.dtype), None, None, None
     hidden, table, beside, common = residuals
     _, d_hidden, d_table = _forward(
-        hidden, table, beside, common, g, score, cap, chunk_tokens, True, trained_rows, mesh
+        hidden, table, beside, common, g, score, head, hidden_grad=True, table_grad=True
     )  # fmt: skip
     return d_hidden, d_table, None, None
 

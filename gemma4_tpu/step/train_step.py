@@ -23,7 +23,7 @@ from gemma4_tpu.models.layout import get, without
 from gemma4_tpu.models.sharding import constrain
 from gemma4_tpu.models.weights import EMBEDDING
 from gemma4_tpu.step.distill import TOP_LOGPROBS, TOP_TOKENS, Distill, DistillTop, Divergence, DivergenceOfTop
-from gemma4_tpu.step.loss import summed_cross_entropy, token_losses, token_nll
+from gemma4_tpu.step.loss import Head, summed_cross_entropy, token_losses, token_nll
 from gemma4_tpu.step.objective import REFERENCE, REFERENCE_NLL, TEACHER, Objective, Stats
 from gemma4_tpu.step.optimizer import next_average, schedule_free_average
 
@@ -107,14 +107,14 @@ class Step:
         """float32 [B, T]: negative log-likelihood of every target of one microbatch (arrays [B, T]), including
         padding.
         """
-        return token_nll(*self._scored(trained, base, rows, key), rows["targets"], *self._scoring())
+        return token_nll(*self._scored(trained, base, rows, key), rows["targets"], self._head())
 
     def divergence(self, trained: Any, base: Any, rows: Batch, key: jax.Array | None = None) -> jax.Array:
         """float32 [B, T]: how far the distribution of every token is from the teacher's, in nats, of padding too."""
         assert isinstance(self.objective, Distill)
         if isinstance(self.objective, DistillTop):
             told, of_top = (rows[TOP_TOKENS], rows[TOP_LOGPROBS]), DivergenceOfTop(self.objective.divergence)
-            return token_losses(*self._scored(trained, base, rows, key), told, None, of_top, *self._scoring())
+            return token_losses(*self._scored(trained, base, rows, key), told, None, of_top, self._head())
         assert self.teacher is not None
         params, lora = base[TEACHER]["params"], base[TEACHER].get("lora")
         places = rows["tokens"], rows["segment_ids"], rows["positions"]
@@ -122,13 +122,13 @@ class Step:
         # Gathered over fsdp once, not in every chunk.
         table = constrain(params["embedder"]["input_embedding"].astype(hidden.dtype), "VD", self.teacher.mesh)
         score = Divergence(self.objective.divergence, self.teacher.arch.final_logit_softcap, self.teacher.mesh)
-        return token_losses(*self._scored(trained, base, rows, key), hidden, table, score, *self._scoring())
+        return token_losses(*self._scored(trained, base, rows, key), hidden, table, score, self._head())
 
     def summed_loss(self, trained: Any, base: Any, rows: Batch, key: jax.Array | None) -> tuple[jax.Array, Stats]:
         """Summed loss of one microbatch's rows, and the objective's figures; arrays are [B, T]."""
         if self.objective is None:
             hidden, table = self._scored(trained, base, rows, key)
-            return summed_cross_entropy(hidden, table, rows["targets"], rows["target_mask"], *self._scoring()), {}
+            return summed_cross_entropy(hidden, table, rows["targets"], rows["target_mask"], self._head()), {}
         if isinstance(self.objective, Distill):
             return self.objective.loss(self.divergence(trained, base, rows, key), rows)
         nll = self.token_nll(trained, base, rows, key)
@@ -144,10 +144,9 @@ class Step:
         hidden = hidden_states(self.model, params, lora, *given, features=rows.get(FEATURES))
         return hidden, params["embedder"]["input_embedding"]
 
-    def _scoring(self) -> tuple[Any, ...]:
-        """The trailing arguments of both losses in `loss.py`."""
+    def _head(self) -> Head:
         trained_rows = () if EMBEDDING in self.model.layout.in_full else self.model.token_rows or None
-        return self.model.arch.final_logit_softcap, self.chunk_tokens, trained_rows, self.model.mesh
+        return Head(self.model.arch.final_logit_softcap, self.chunk_tokens, trained_rows, self.model.mesh)
 
     def gradients(self, state: TrainState, base: Any, batch: Batch) -> tuple[jax.Array, Any, jax.Array, Stats]:
         """Mean loss and gradient, number of target tokens and the objective's sums, over all microbatches."""

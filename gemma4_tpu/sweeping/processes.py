@@ -73,7 +73,7 @@ class Stop:
 
 
 @dataclass
-class _Running:
+class _RunningJob:
     job: SweepJob
     child: Child
     share: dict[str, str]
@@ -104,7 +104,7 @@ class Runner:
         # Jobs that an earlier process of this sweep left running are taken over before new ones start.
         waiting = deque(sorted(self._prepared(jobs, configs), key=lambda job: self._site.running(job) is None))
         self.sweep.save()
-        running: list[_Running] = []
+        running: list[_RunningJob] = []
         try:
             with Display() as display:
                 while running or (waiting and not self.stop.count):
@@ -191,7 +191,7 @@ class Runner:
         return same and result_of(folder).values.get("status") == "finished"
 
     # ── while they run ─────────────────────────────────────────────────────────────────────────────────────────────
-    def _start(self, job: SweepJob, share: dict[str, str], display: Display) -> _Running:
+    def _start(self, job: SweepJob, share: dict[str, str], display: Display) -> _RunningJob:
         job.status = state.RUNNING
         if (child := self._site.running(job)) is not None:
             log.info("%s: still running (pid %d), taken over", job.name, child.pid)
@@ -203,16 +203,16 @@ class Runner:
         job.pid = child.pid
         self.sweep.save()
         display.start(job.name)
-        return _Running(job, child, share)
+        return _RunningJob(job, child, share)
 
-    def _follow(self, one: _Running, display: Display) -> None:
+    def _follow(self, one: _RunningJob, display: Display) -> None:
         rows = one.child.new_rows()
         display.rows(one.job.name, rows)
         for row in rows:
             if why := self._monitor(one.job, row):
                 one.child.ask_to_stop(why)
 
-    def _pass_stop_on(self, running: list[_Running]) -> None:
+    def _pass_stop_on(self, running: list[_RunningJob]) -> None:
         """The first Ctrl-C or SIGTERM lets jobs save; a second one kills them."""
         if self.stop.count == 1 and any(one.child.asked is None for one in running):
             log.warning("stopping: waiting for %d job(s) to save; press again to kill them", len(running))
@@ -222,7 +222,7 @@ class Runner:
             elif self.stop.count:
                 one.child.ask_to_stop(state.INTERRUPTED)
 
-    def _end(self, one: _Running, waiting: deque[SweepJob], display: Display) -> None:
+    def _end(self, one: _RunningJob, waiting: deque[SweepJob], display: Display) -> None:
         """Handles a process that ended: sets the job's status, or starts it again."""
         self._follow(one, display)
         job, child = one.job, one.child

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from experiments.verilog_smoke.design import Problem
+from experiments.verilog_smoke.design import MadeProblem
 from experiments.verilog_smoke.families import FAMILIES
 from experiments.verilog_smoke.make_data import make_problems
 from experiments.verilog_smoke.prompts import answer, chat_row
@@ -33,7 +33,7 @@ def heldout():
 
 @pytest.fixture(scope="module")
 def problems():
-    return [Problem.from_row(row) for row in _rows("heldout_problems.jsonl.gz")]
+    return [MadeProblem.from_row(row) for row in _rows("heldout_problems.jsonl.gz")]
 
 
 def _prompts(rows):

@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_impossible_and_what_has_no_peaks_is_not_judged():
     judged, left = judge(Figures(points=[small, here]))
     assert [one.verdict for one in judged] == [IMPOSSIBLE]
     assert "61.4 GB of weights and one sequence's cache, 33.6 GB of HBM" in judged[0].arithmetic
-    assert left == ["here: no peaks are known for local"]
+    assert [(one.figure, one.reason) for one in left] == [(here, "no peaks are known for local")]
 
 
 def test_the_committed_report_is_what_its_command_makes(monkeypatch, tmp_path):

@@ -310,7 +310,7 @@ def test_tokenizer_from_a_remote_folder(tiny_tokenizer):
 
 
 def test_building_data_brings_no_jax():
-    script = "import sys; import gemma4_tpu.data.build, gemma4_tpu.data.pipeline, gemma4_tpu.data.preview; "
+    script = "import sys; import gemma4_tpu.data.build, gemma4_tpu.data.pipeline, gemma4_tpu.reporting.preview; "
     done = subprocess.run(
         [sys.executable, "-c", script + "print('jax' in sys.modules)"], capture_output=True, text=True
     )

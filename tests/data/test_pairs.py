@@ -7,11 +7,11 @@ import pytest
 from rich.console import Console
 
 from gemma4_tpu.config.schema import DataConfig, DataSource
-from gemma4_tpu.data import preview
 from gemma4_tpu.data.build import build_data
 from gemma4_tpu.data.forms import CONVERSATIONS, PAIRS
 from gemma4_tpu.data.pipeline import Pipeline
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.reporting import preview
 from tests.data.conftest import chat_row
 
 SYSTEM, ASK = {"role": "system", "content": "be brief"}, {"role": "user", "content": "add two and three"}

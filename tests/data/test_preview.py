@@ -10,8 +10,8 @@ from rich.console import Console
 
 from gemma4_tpu.assets import ROOT as ASSETS
 from gemma4_tpu.config.schema import DataConfig, DataSource
-from gemma4_tpu.data import preview
 from gemma4_tpu.data.build import build_data
+from gemma4_tpu.reporting import preview
 from gemma4_tpu.train import main
 from tests.data.conftest import chat_row
 from tests.house.scripts import ROOT

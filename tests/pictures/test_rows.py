@@ -16,11 +16,11 @@ from rich.console import Console
 from gemma4_tpu.config.schema import DataConfig, DataSource, ModelConfig
 from gemma4_tpu.data.build import build_data
 from gemma4_tpu.data.markup import IMAGE
-from gemma4_tpu.data.preview import preview
 from gemma4_tpu.data.seen import picture_reader
 from gemma4_tpu.data.sources import _undecoded
 from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.models.base import resolve_base
+from gemma4_tpu.reporting.preview import preview
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "templates"
 PAGE = (Path(__file__).parents[2] / "docs/pictures.md").read_text(encoding="utf-8")

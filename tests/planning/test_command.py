@@ -367,6 +367,11 @@ def test_what_training_would_refuse_in_the_checkpoint_is_logged(tmp_path, monkey
     log = " ".join((tmp_path / "plan/log.txt").read_text().split())
     assert "training would be refused: " in log and "1 missing: model.layers.3.mlp.up_proj.weight" in log
 
+    words = [*words[:2], f"model.path={tmp_path / 'none'}", f"run_dir={tmp_path / 'other'}"]
+    assert plan.main([*SMALL, *words]) == 0
+    log = " ".join((tmp_path / "other/log.txt").read_text().split())
+    assert log.count("no such folder") == 1 and "planned with the numbers of" in log  # said once
+
 
 def test_what_is_known_first_stays_when_the_compiler_fails_later(tmp_path, monkeypatch):
     class Failing(Stub):
@@ -395,8 +400,10 @@ def test_a_search_shows_the_front_and_why_others_are_missing(tmp_path, capsys, m
     reasons = " ".join(one["reason"] for one in told["skipped"])
     assert "not possible for model=gemma4_31b on 8 devices" in reasons  # tp=8 does not divide four KV heads
     assert "global_batch_sequences=2 did not fit" in reasons  # what needs more is not tried
-    assert "plan.max_candidates=14" in reasons
-    assert "→" in capsys.readouterr().out
+    assert reasons.count("plan.max_candidates=14") == told["left_out"] > 1
+    shown = capsys.readouterr().out
+    assert "→" in shown and f"{told['left_out']} more were left out by plan.max_candidates=14 (search.json" in shown
+    assert shown.count("skipped ") == len(told["skipped"]) - told["left_out"] > 1
 
 
 def test_a_compiling_process_ends_with_its_plan(tmp_path):

@@ -23,6 +23,7 @@ from gemma4_tpu.rollouts.batch import BatchShape
 from gemma4_tpu.rollouts.certificate import Agreement, Certificate, Drifted, NotOnPolicy, summed_up
 from gemma4_tpu.rollouts.collecting import Collector
 from gemma4_tpu.rollouts.digest import digest
+from gemma4_tpu.rollouts.on_policy_run import OnPolicyRun
 from gemma4_tpu.rollouts.policy_tasks import Task
 from gemma4_tpu.rollouts.rewarding import Rewarded
 from gemma4_tpu.rollouts.sampler import Sampler, SamplerShapes
@@ -81,11 +82,10 @@ def run(folder, *, updates=3, sampler=None, objective=OBJECTIVE, reward=even_tok
     it = small()
     selection = by_advantage(config, OBJECTIVE.fields)
     source = OnPolicySource(TASKS, config, TrainerConfig(max_updates=updates), SHAPE, selection)
-    collector = Collector(
-        sampler or it.sampler, reward, Decoder(), config, seed=0, run=folder, is_live=selection.is_live
-    )
-    certificate = Certificate(folder, config, "float32", None)
-    validation = Validation((), config, updates, folder, None)
+    its_run = OnPolicyRun(config, folder, 0)
+    collector = Collector(sampler or it.sampler, reward, Decoder(), selection.is_live, its_run)
+    certificate = Certificate(its_run, "float32")
+    validation = Validation((), updates, its_run)
     nobody = lambda *told: None  # noqa: E731
     making = Making(collector, it.scorer, certificate, validation, it.base, nobody, nobody, ExitStack())
     source.begin(making)

@@ -14,6 +14,7 @@ from gemma4_tpu.rollouts import stored
 from gemma4_tpu.rollouts.advantages import is_live
 from gemma4_tpu.rollouts.collecting import Collector
 from gemma4_tpu.rollouts.digest import digest
+from gemma4_tpu.rollouts.on_policy_run import OnPolicyRun
 from gemma4_tpu.rollouts.policy_tasks import Task
 from gemma4_tpu.rollouts.rewarding import Rewarded
 from gemma4_tpu.rollouts.sampler import Drawn, Wanted
@@ -62,9 +63,8 @@ class Judge:
 
 
 def collect(folder, sampler, judge, tasks=TASKS, policy=POLICY, update=1, config=CONFIG):
-    collector = Collector(
-        sampler, judge, Decoder(), config, seed=3, run=folder, is_live=lambda group: is_live(group.rewards)
-    )
+    run = OnPolicyRun(config, folder, 3)
+    collector = Collector(sampler, judge, Decoder(), lambda group: is_live(group.rewards), run)
     return collector([update], policy, {}, [iter(tasks)], digest(policy))[0]
 
 
@@ -185,9 +185,7 @@ def test_an_answer_takes_the_stored_verdict_of_an_equal_one(tmp_path):
         return [Rewarded(float(len(times)), "x") for _ in answers]
 
     def rewards():
-        collector = Collector(
-            Alike(), moody, Decoder(), CONFIG, seed=3, run=tmp_path, is_live=lambda group: True
-        )  # fmt: skip
+        collector = Collector(Alike(), moody, Decoder(), lambda group: True, OnPolicyRun(CONFIG, tmp_path, 3))
         return [list(group.rewards) for group in collector([1], POLICY, {}, [iter(TASKS)], digest(POLICY))[0].groups]
 
     whole = rewards()
@@ -213,7 +211,7 @@ def test_answers_drawn_ahead_are_judged_while_others_are_drawn(tmp_path):
         assert drawn_all.wait(60)
         return Judge()(answers)
 
-    collector = Collector(ahead, judge, Decoder(), CONFIG, seed=3, run=tmp_path, is_live=lambda group: True)
+    collector = Collector(ahead, judge, Decoder(), lambda group: True, OnPolicyRun(CONFIG, tmp_path, 3))
     tasks = [iter(TASKS[:6]), iter(TASKS[6:])]
     both = collector([1, 2], POLICY, {}, tasks, digest(POLICY))
     assert [[group.task.name for group in one.groups] for one in both] == [["rows:0", "rows:1"], ["rows:6", "rows:7"]]
@@ -221,7 +219,7 @@ def test_answers_drawn_ahead_are_judged_while_others_are_drawn(tmp_path):
 
 
 def test_what_an_earlier_policy_answered_is_read_and_not_drawn(tmp_path):
-    collector = Collector(Letters(), Judge(), Decoder(), CONFIG, seed=3, run=tmp_path, is_live=lambda group: True)
+    collector = Collector(Letters(), Judge(), Decoder(), lambda group: True, OnPolicyRun(CONFIG, tmp_path, 3))
     whole = collector([2], POLICY, {}, [iter(TASKS)], digest(POLICY))[0]
     later = {**POLICY, "b": np.float32([[4.0]])}
     again = collector([2], later, {}, [iter(TASKS)], digest(POLICY))[0]
@@ -242,9 +240,9 @@ def test_a_torn_line_is_drawn_again(tmp_path):
 
 def test_log_probabilities_come_back_to_the_bit(tmp_path):
     bits = np.float32([-1 / 3, -1e-30, -0.0, -23.456789])
-    with StoredUpdate(tmp_path, 1, "x") as store:
+    with StoredUpdate(OnPolicyRun(CONFIG, tmp_path, 3), 1, "x") as store:
         store.add_drawn(("p", 0), Drawn(Wanted(0, 0, 5), np.arange(4, dtype=np.int32), bits, False))
-    with StoredUpdate(tmp_path, 1, "x") as store:
+    with StoredUpdate(OnPolicyRun(CONFIG, tmp_path, 3), 1, "x") as store:
         assert store.drawn(("p", 0), None).logprobs.tobytes() == bits.tobytes()
 
 

@@ -8,6 +8,7 @@ import pytest
 from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.rollouts.collecting import Collector
+from gemma4_tpu.rollouts.on_policy_run import OnPolicyRun
 from gemma4_tpu.rollouts.policy_tasks import Task, set_aside
 from gemma4_tpu.rollouts.rewarding import Rewarded
 from gemma4_tpu.rollouts.validation import Validation
@@ -34,10 +35,9 @@ def test_a_policy_that_gets_better_is_told_with_an_interval_and_what_is_known_is
     def judge(answers):
         return [Rewarded(float(answer.text.endswith(" 1") or level > 0.3), "x") for answer in answers]
 
-    collector = Collector(
-        sampler, judge, Decoder(), CONFIG, seed=3, run=tmp_path, is_live=lambda group: True
-    )  # fmt: skip
-    validation = Validation(tasks, CONFIG, 25, tmp_path, None)
+    run = OnPolicyRun(CONFIG, tmp_path, 3)
+    collector = Collector(sampler, judge, Decoder(), lambda group: True, run)
+    validation = Validation(tasks, 25, run)
     assert [update for update in range(26) if validation.is_due(update)] == [0, 10, 20, 25]
     validation(collector, POLICY, {}, 0, lambda row, update: told.append((update, row)))
     level = 1.0
@@ -50,6 +50,6 @@ def test_a_policy_that_gets_better_is_told_with_an_interval_and_what_is_known_is
     assert 0.1 < last["validation_low"] < 0.75 <= last["validation_high"] <= 1
     assert len(sampler.drawn) == 2 * 5 * 4
 
-    again = Validation(tasks, CONFIG, 25, tmp_path, 10)
+    again = Validation(tasks, 25, replace(run, resume_from=10))
     assert [update for update in range(26) if again.is_due(update)] == [20, 25]
     again.close()

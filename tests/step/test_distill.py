@@ -10,7 +10,7 @@ import pytest
 
 from gemma4_tpu.step.distill import Distill, DistillOwn, Divergence, DivergenceOfTop
 from gemma4_tpu.step.grpo import COPIES
-from gemma4_tpu.step.loss import token_losses
+from gemma4_tpu.step.loss import Head, token_losses
 from gemma4_tpu.step.objective import TEACHER
 from tests.step.test_train_step import gradients, make, make_batch, regroup, relative_difference, started
 
@@ -35,7 +35,7 @@ def test_value_and_gradient_are_those_of_pytorch(arrays, kind, rows):
 
     def ours(hidden, table):
         score = Divergence(kind, TEACHERS_CAP, None)
-        each = token_losses(hidden, table, its_hidden, its_table, score, CAP, 8, rows, None)
+        each = token_losses(hidden, table, its_hidden, its_table, score, Head(CAP, 8, rows))
         return (each * weights).sum(), each
 
     (_, each), grads = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(hidden, table)
@@ -65,13 +65,13 @@ def test_of_some_tokens_and_all_others_it_is_a_lower_bound_that_grows_to_the_who
     cap, its_cap = 2.0, 3.0  # flat enough that no token is rarer than 1e-6
     teacher = jax.nn.log_softmax(its_cap * jnp.tanh(its_hidden @ its_table.T / its_cap), axis=-1)
     score = Divergence(kind, its_cap, None)
-    whole = token_losses(hidden, table, its_hidden, its_table, score, cap, 8, None, None)
+    whole = token_losses(hidden, table, its_hidden, its_table, score, Head(cap, 8))
     below = np.zeros_like(whole)
     for top in (1, 8, V - 1):
         logprobs, tokens = jax.lax.top_k(teacher, top)
 
         def of_top(hidden, told=(tokens, logprobs)):
-            return token_losses(hidden, table, told, None, DivergenceOfTop(kind), cap, 8, None, None)
+            return token_losses(hidden, table, told, None, DivergenceOfTop(kind), Head(cap, 8))
 
         found = of_top(hidden)
         assert (found > below - 1e-4).all() and (found < whole + 1e-4).all()
@@ -80,7 +80,7 @@ def test_of_some_tokens_and_all_others_it_is_a_lower_bound_that_grows_to_the_who
     np.testing.assert_allclose(found, whole, rtol=1e-2, atol=1e-3)
     ours, exact = (
         jax.grad(lambda h, f=f: (weights * f(h)).sum())(jnp.array(hidden))
-        for f in (of_top, lambda h: token_losses(h, table, its_hidden, its_table, score, cap, 8, None, None))
+        for f in (of_top, lambda h: token_losses(h, table, its_hidden, its_table, score, Head(cap, 8)))
     )
     np.testing.assert_allclose(ours, exact, rtol=1e-2, atol=1e-2)
 

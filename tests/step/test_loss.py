@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma4_tpu.step.loss import chunk_length, summed_cross_entropy, token_nll
+from gemma4_tpu.step.loss import Head, chunk_length, summed_cross_entropy, token_nll
 
 B, T, D, V = 2, 24, 16, 96
 
@@ -36,7 +36,7 @@ def test_equals_the_plain_loss_and_its_gradient(arrays, cap, chunk):
     hidden, table, targets, mask = arrays
 
     def ours(hidden, table):
-        return summed_cross_entropy(hidden, table, targets, mask, cap, chunk, (), None)
+        return summed_cross_entropy(hidden, table, targets, mask, Head(cap, chunk, ()))
 
     value, grads = jax.value_and_grad(ours, argnums=(0, 1))(hidden, table)
     expected, expected_grads = jax.value_and_grad(plain, argnums=(0, 1))(hidden, table, targets, mask, cap)
@@ -50,7 +50,7 @@ def test_a_frozen_table_gets_no_gradient_and_scales_with_the_cotangent(arrays):
     hidden, table, targets, mask = arrays
 
     def scaled(hidden, factor):
-        return factor * summed_cross_entropy(hidden, table, targets, mask, 30.0, 8, None, None)
+        return factor * summed_cross_entropy(hidden, table, targets, mask, Head(30.0, 8))
 
     once, thrice = jax.grad(scaled)(hidden, 1.0), jax.grad(scaled)(hidden, 3.0)
     np.testing.assert_allclose(3 * once, thrice, rtol=1e-6)
@@ -59,9 +59,9 @@ def test_a_frozen_table_gets_no_gradient_and_scales_with_the_cotangent(arrays):
 def test_masked_targets_do_not_count(arrays):
     hidden, table, targets, mask = arrays
     other = jnp.where(mask, targets, (targets + 1) % V)
-    losses = [summed_cross_entropy(hidden, table, t, mask, 30.0, 8, None, None) for t in (targets, other)]
+    losses = [summed_cross_entropy(hidden, table, t, mask, Head(30.0, 8)) for t in (targets, other)]
     assert losses[0] == losses[1]
-    nothing = summed_cross_entropy(hidden, table, targets, jnp.zeros_like(mask), 30.0, 8, None, None)
+    nothing = summed_cross_entropy(hidden, table, targets, jnp.zeros_like(mask), Head(30.0, 8))
     assert nothing == 0.0
 
 
@@ -72,10 +72,10 @@ def test_the_losses_of_tokens_add_up_to_the_summed_one_and_so_do_their_gradients
     hidden, table = hidden.astype(dtype), table.astype(dtype)
 
     def summed(hidden, table):
-        return summed_cross_entropy(hidden, table, targets, mask, 30.0, 8, rows, None)
+        return summed_cross_entropy(hidden, table, targets, mask, Head(30.0, 8, rows))
 
     def apart(hidden, table):
-        return jnp.where(mask, token_nll(hidden, table, targets, 30.0, 8, rows, None), 0.0).sum()
+        return jnp.where(mask, token_nll(hidden, table, targets, Head(30.0, 8, rows)), 0.0).sum()
 
     wanted = (0, 1) if rows is not None else 0
     (value, grads), (expected, expected_grads) = (
@@ -98,7 +98,7 @@ def test_each_token_takes_part_by_its_own_weight(arrays, rows):
         return (weights * jnp.tanh(nll / 5)).sum() ** 2
 
     def ours(hidden, table):
-        return objective(token_nll(hidden, table, targets, 30.0, 8, rows, None))
+        return objective(token_nll(hidden, table, targets, Head(30.0, 8, rows)))
 
     def expected(hidden, table):
         return objective(plain_nll(hidden, table, targets, 30.0))
@@ -115,7 +115,7 @@ def test_the_whole_vocabulary_is_never_in_memory():
     rows, length, dim, vocab = 1, 2048, 64, 262_144
 
     def loss(hidden, table, targets, mask):
-        return summed_cross_entropy(hidden, table, targets, mask, 30.0, 64, None, None)
+        return summed_cross_entropy(hidden, table, targets, mask, Head(30.0, 64))
 
     shapes = [((rows, length, dim), jnp.float32), ((vocab, dim), jnp.float32), ((rows, length), jnp.int32),
               ((rows, length), jnp.bool_)]  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.killing import CODES, Process, Subject, problems
+from benchmarks.killing import CODES, Killed, Process, problems
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 SHARED = Path("/dev/shm")
@@ -66,7 +66,7 @@ def keep_running():
         os._exit(0)
 
 
-SERVES = Subject("server", "", lambda place: [], lambda place: None, ready="ready")
+SERVES = Killed("server", "", lambda place: [], lambda place: None, ready="ready")
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class _Row:
+class _ParsedRow:
     """A parsed row, before the meaning of its answer is known."""
 
     place: str
@@ -82,14 +82,14 @@ def load_questions(config: EvalConfig) -> list[Question]:
     place = find(DataSource(path=path), heldout=True)
     raw = itertools.islice(place.rows(), config.max_problems)
     first = list(itertools.islice(raw, FIRST_ROWS))
-    read = _Reader(answers)
+    read = _RowParser(answers)
     read.begin(place.name, first)
-    rows: list[_Row] = _each(((str(row.origin), row) for row in itertools.chain(first, raw)), read, path)
+    rows: list[_ParsedRow] = _each(((str(row.origin), row) for row in itertools.chain(first, raw)), read, path)
     if not rows:
         raise UserError(f"eval.problems_path={path}: contains no rows; give another file or folder")
     for line in [*place.told(), *read.done.lines()]:
         log.info("%s", line)
-    question = _Asking(answers, _reading(answers, rows, path) if answers.choices else None)
+    question = _Questioner(answers, _reading(answers, rows, path) if answers.choices else None)
     return _each(((row.place, (number, row)) for number, row in enumerate(rows, 1)), question, path)
 
 
@@ -125,7 +125,7 @@ class _AnySize:
         return 0
 
 
-class _Reader:
+class _RowParser:
     """Parses rows into question and expected answer."""
 
     def __init__(self, answers: AnswersConfig):
@@ -142,7 +142,7 @@ class _Reader:
         with _our_keys():
             self._normaliser.begin(name, [self._without_choices(row) for row in rows])
 
-    def __call__(self, row: RawRow) -> _Row:
+    def __call__(self, row: RawRow) -> _ParsedRow:
         answers = self._answers
         try:
             if row.problem is not None:
@@ -162,7 +162,7 @@ class _Reader:
                 raise _Unfit(f"has no category (eval.answers.category={answers.category})")
             category = str(row.value[answers.category])
         tools = tuple(said.tools) if said.tools else None
-        return _Row(str(row.origin), messages, answer, tools, category, choices, labels)
+        return _ParsedRow(str(row.origin), messages, answer, tools, category, choices, labels)
 
     def _without_choices(self, row: RawRow) -> RawRow:
         """The row without its columns for choices, which could make its format ambiguous to the normaliser."""
@@ -215,19 +215,19 @@ def _choices(row: Mapping[str, Any], column: str) -> tuple[tuple[str, ...], tupl
     return texts, labels
 
 
-def _by_letter(row: _Row) -> int | None:
+def _by_letter(row: _ParsedRow) -> int | None:
     names = row.labels or tuple(LETTERS[: len(row.choices)])
     return names.index(row.answer.strip()) if row.answer.strip() in names else None
 
 
-def _by_index(row: _Row) -> int | None:
+def _by_index(row: _ParsedRow) -> int | None:
     text = row.answer.strip()
     if row.labels:  # then answers name labels, even numeric ones
         return None
     return int(text) if text.isdecimal() and len(text) < 3 and int(text) < len(row.choices) else None
 
 
-def _by_text(row: _Row) -> int | None:
+def _by_text(row: _ParsedRow) -> int | None:
     found = [number for number, choice in enumerate(row.choices) if choice.strip() == row.answer.strip()]
     return found[0] if len(found) == 1 else None
 
@@ -236,7 +236,7 @@ _SAYS = dict(zip(ANSWERS, (_by_text, _by_letter, _by_index), strict=True))
 """`eval.answers.answer` → a function from a row to the index of the choice that its answer names, or None."""
 
 
-def _reading(answers: AnswersConfig, rows: Sequence[_Row], path: str) -> Callable[[_Row], int | None]:
+def _reading(answers: AnswersConfig, rows: Sequence[_ParsedRow], path: str) -> Callable[[_ParsedRow], int | None]:
     """How expected answers name a choice: as set in `eval.answers.answer`, or the only way that fits every row.
 
     Raises:
@@ -264,13 +264,13 @@ def _reading(answers: AnswersConfig, rows: Sequence[_Row], path: str) -> Callabl
     return _SAYS[next(iter(fitting))]
 
 
-class _Asking:
+class _Questioner:
     """Turns parsed rows into questions; takes (number, row)."""
 
-    def __init__(self, answers: AnswersConfig, reading: Callable[[_Row], int | None] | None):
+    def __init__(self, answers: AnswersConfig, reading: Callable[[_ParsedRow], int | None] | None):
         self._answers, self._reading, self._matcher = answers, reading, Matcher(answers)
 
-    def __call__(self, numbered: tuple[int, _Row]) -> Question:
+    def __call__(self, numbered: tuple[int, _ParsedRow]) -> Question:
         number, row = numbered
         told = json.dumps([row.messages, row.answer, row.choices], sort_keys=True, ensure_ascii=False, default=str)
         name = f"{number}-{hashlib.sha256(told.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"

@@ -25,7 +25,7 @@ from gemma4_tpu.evals.problems import Problem, Verdict, VerdictClass
 from gemma4_tpu.evals.verilog.benches import Benches
 from gemma4_tpu.evals.verilog.iverilog import Tools
 from gemma4_tpu.evals.verilog.official import builds_unchanged, passes_officially
-from gemma4_tpu.evals.verilog.replays import Replays
+from gemma4_tpu.evals.verilog.remembered import Remembered
 from gemma4_tpu.evals.verilog.running import Finished, kill_commands
 from gemma4_tpu.evals.verilog.sandbox import Level, Sandbox
 from gemma4_tpu.evals.verilog.spy import spy
@@ -112,7 +112,7 @@ class _Worker:
     folder: Path
     sandboxes: dict[Level, Sandbox] = field(default_factory=dict)
     benches: dict[Level, Benches] = field(default_factory=dict)
-    replays: Replays = field(default_factory=Replays)
+    remembered: Remembered = field(default_factory=Remembered)
 
     def sandbox(self, level: Level) -> Sandbox:
         if level not in self.sandboxes:
@@ -140,7 +140,7 @@ class _Worker:
             benches=self.benches[level],
             stage=functools.partial(self.stage, problem, sandbox) if judged else None,
             limit_seconds=max(1.0, CPU_FACTOR * golden.cpu_seconds) if golden and judged else None,
-            replays=self.replays if golden else Replays(),  # references are timed, so they always run
+            remembered=self.remembered if golden else Remembered(),  # references are timed, so they always run
         )
 
     def stage(self, problem: Problem, sandbox: Sandbox, design: str) -> Stage:

@@ -30,7 +30,7 @@ from gemma4_tpu.evals.problems import Problem, VerdictClass
 from gemma4_tpu.evals.verilog import scan, stand_ins
 from gemma4_tpu.evals.verilog.benches import Benches
 from gemma4_tpu.evals.verilog.iverilog import Tools
-from gemma4_tpu.evals.verilog.replays import Replays
+from gemma4_tpu.evals.verilog.remembered import Remembered
 from gemma4_tpu.evals.verilog.running import Finished
 from gemma4_tpu.evals.verilog.sandbox import Sandbox
 from gemma4_tpu.evals.verilog.stage import (
@@ -105,7 +105,7 @@ class Trial:
     available."""
     limit_seconds: float | None = None
     """Limit on the CPU time of one program; None: as configured."""
-    replays: Replays = field(default_factory=Replays)
+    remembered: Remembered = field(default_factory=Remembered)
     cpu_seconds: float = 0.0
     pruned: bool = field(default=False, init=False)
     """Whether modules that the design does not use were left out."""
@@ -233,14 +233,14 @@ class Trial:
 
     def _seen(self, stage: Stage, first: str, responses: str) -> tuple[str, Finished]:
         """The stimulus that the bench gives to a design with these responses (often `first`), and its output."""
-        if known := self.replays.get(stage, responses):
+        if known := self.remembered.get(stage, responses):
             return first, known
         command, files = self.tools.simulate(BENCH_PROGRAM), {**self.problem.files, stand_ins.RESPONSES: responses}
         seen, done = self.benches.simulate(command, stage.folder / BENCH_PROGRAM, files, self.limit_seconds)
         self.cpu_seconds += done.cpu_seconds
         self._checked(done, "replay")
         if seen == first and self.problem.reference:  # else the stage is the design's own
-            self.replays.put(stage, responses, done)
+            self.remembered.put(stage, responses, done)
         return seen, done
 
     def _written(self, command: Sequence[str] | str, writable: Sequence[Path] = ()) -> tuple[str, Finished]:

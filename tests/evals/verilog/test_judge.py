@@ -17,7 +17,7 @@ import pytest
 from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Verdict, VerdictClass
-from gemma4_tpu.evals.verilog import replays, work_folder
+from gemma4_tpu.evals.verilog import remembered, work_folder
 from gemma4_tpu.evals.verilog.iverilog import find_tools
 from gemma4_tpu.evals.verilog.pool import Pool
 from gemma4_tpu.evals.verilog.running import Finished
@@ -297,15 +297,15 @@ def test_what_refuses_a_design_is_told_though_it_is_built_and_run_at_once(judge,
 
 
 def test_what_benches_did_is_remembered_up_to_a_bound(monkeypatch):
-    monkeypatch.setattr(replays, "MOST_REMEMBERED", 3)
+    monkeypatch.setattr(remembered, "MOST_REMEMBERED", 3)
     stage = Stage(folder=Path(), result_marker="m", player_top="p", build_log="", response_bits=1, unknown_bit_ticks=0)
     done = Finished(returncode=0, stdout="said", stderr="", cpu_seconds=0.0, stopped=None)
-    known = replays.Replays()
+    known = remembered.Remembered()
     for responses in ("a", "b", "c"):
         known.put(stage, responses, done)
     assert known.get(stage, "a") is done
     known.put(stage, "d", done)  # `b` was asked for least lately
-    known.put(stage, "e", replace(done, stdout="x" * (replays.LONGEST_REMEMBERED + 1)))
+    known.put(stage, "e", replace(done, stdout="x" * (remembered.LONGEST_REMEMBERED + 1)))
     assert [known.get(stage, name) is done for name in "abcde"] == [True, False, True, True, False]
     assert known.get(replace(stage, result_marker="n"), "a") is None
 

@@ -10,7 +10,7 @@ from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals import benchmarks
 from gemma4_tpu.evals.problems import VerdictClass
-from gemma4_tpu.evals.verilog.completion import VerilogEvalCompletion
+from gemma4_tpu.evals.verilog.code_completion import VerilogEvalCompletion
 from gemma4_tpu.evals.verilog.cvdp import Cvdp
 from gemma4_tpu.evals.verilog.extract import code_of
 from gemma4_tpu.evals.verilog.resbench import ResBench

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from experiments.verilog_smoke.design import Design, Port
+from experiments.verilog_smoke.design import Design, DesignPort
 from experiments.verilog_smoke.families import FAMILIES, draw_designs
 from experiments.verilog_smoke.simulate import all_pass, passes
 from experiments.verilog_smoke.testbench import make_testbench
@@ -24,10 +24,10 @@ def _register(body: str, *, reset_role: str = "reset") -> Design:
         summary="",
         body=(body,),
         ports=(
-            Port(name="clk", role="clock"),
-            Port(name="rst", role=reset_role),
-            Port(name="d"),
-            Port(name="q", width=4, output=True, reg=True),
+            DesignPort(name="clk", role="clock"),
+            DesignPort(name="rst", role=reset_role),
+            DesignPort(name="d"),
+            DesignPort(name="q", width=4, output=True, reg=True),
         ),
     )
 
@@ -68,7 +68,7 @@ def test_a_counter_must_wrap():
 
 
 def test_an_equality_that_never_holds_is_found():
-    ports = (Port(name="a", width=16), Port(name="b", width=16), Port(name="y", output=True))
+    ports = (DesignPort(name="a", width=16), DesignPort(name="b", width=16), DesignPort(name="y", output=True))
     common = {"family": "hand", "behaviours": ("",), "summary": "", "ports": ports}
     equal, never = (Design(**common, body=(f"assign y = {e};",)) for e in ("a == b", "0"))
     assert _verdict(equal, equal)

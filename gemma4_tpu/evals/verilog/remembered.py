@@ -13,7 +13,7 @@ LONGEST_REMEMBERED = 4096
 """Longest output of a bench to remember, in characters: 8 MiB in all."""
 
 
-class Replays:
+class Remembered:
     """The latest results of benches that gave their first stimulus again for some responses.
 
     Designs for a problem often respond alike, and a bench with the same responses does the same.

@@ -9,27 +9,35 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from gemma4_tpu.config.schema import TrainRoot
+from gemma4_tpu.config.rollouts import RolloutsConfig
+from gemma4_tpu.config.schema import DataConfig, ModelConfig
 from gemma4_tpu.data.build import build_data
-from gemma4_tpu.data.preview import ROWS_SHOWN, histogram, rendered
 from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.models.base import resolve_base
-from gemma4_tpu.rollouts.policy_tasks import asked
-from gemma4_tpu.step.objective_kinds import rows_of
+from gemma4_tpu.reporting.preview import ROWS_SHOWN, histogram, rendered
 
 
-def show_prompts(config: TrainRoot) -> int:
+def show_prompts(model: ModelConfig, data: DataConfig, rows_are: str, rollouts: RolloutsConfig) -> int:
     """Builds a training configuration's prompts and shows some.
 
-    Returns the exit code, 0.
+    Args:
+      model: names the tokenizer.
+      data: sources, form and policies.
+      rows_are: the kind of rows (`forms.py`).
+      rollouts: what is asked, and how often.
+
+    Returns:
+      The exit code, 0.
 
     Raises:
       UserError: no base model or tokenizer, unreadable rows or problems, or not a single prompt.
     """
-    base = resolve_base(config.model)
+    from gemma4_tpu.rollouts.policy_tasks import asked
+
+    base = resolve_base(model)
     tokenizer = load_tokenizer(base.tokenizer_folder, base.new_tokens)
-    data, rollouts = replace(config.data, max_drop_fraction=1.0), config.rollouts
-    rows = build_data(data, tokenizer, rows_of(config.objective))
+    data = replace(data, max_drop_fraction=1.0)
+    rows = build_data(data, tokenizer, rows_are)
     tasks, validated_on = asked(rollouts, data, rows.train, tokenizer)
     console = Console(highlight=False)
     console.print(Text(f"{len(tasks)} prompts; answers to each are drawn from the policy\n", "bold"))
