@@ -19,7 +19,7 @@ from gemma4_tpu.data.checks import HUGGING_FACE
 from gemma4_tpu.data.drops import Origin
 from gemma4_tpu.data.readers import READERS, RawRow, endings, read_file
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.storage import filesystem
+from gemma4_tpu.storage import answering, filesystem
 
 HUGGING_FACE_NAME = re.compile(r"hf:([^:]+)(?::([^:/]*))?(?::([^:/]+))?")  # hf:NAME[:SPLIT] or hf:NAME:SUBSET:SPLIT
 METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # written by `datasets`
@@ -63,7 +63,7 @@ class SourcePlace:
         if self.hub is not None:
             yield from _read_hugging_face(self)
         for file, name in self.files.items():
-            with self.store.open(file, "rb") as stream:
+            with answering(name), self.store.open(file, "rb") as stream:
                 yield from read_file(stream, name)
 
     def heldout_splits(self) -> list[str]:
@@ -105,6 +105,12 @@ def find(source: DataSource, *, heldout: bool = False) -> SourcePlace:
     path = source.path
     if path.startswith(HUGGING_FACE) and "://" not in path:  # hf://datasets/… is a file system path
         return _find_hugging_face(source, heldout)
+    with answering(path):
+        return _find_in_store(source, heldout)
+
+
+def _find_in_store(source: DataSource, heldout: bool) -> SourcePlace:
+    path = source.path
     store, root = filesystem(assets.resolve(path))
     if source.subset:
         root, path = f"{root.rstrip('/')}/{source.subset}", f"{path.rstrip('/')}/{source.subset}"
