@@ -162,7 +162,9 @@ def _run(root: EvaluateRoot) -> list[str]:
         messages.append(f"run={root.run}: the run folder must be local; copy it here first")
     elif not is_run(Path(root.run)):
         place = Path(root.run)
-        there = "not the folder of a training run (config.yaml and checkpoints/)" if place.is_dir() else no_folder(place)
+        there = (
+            "not the folder of a training run (config.yaml and checkpoints/)" if place.is_dir() else no_folder(place)
+        )
         messages.append(f"run={root.run}: {there}")
     if root.eval.checkpoint not in ("best", "latest") and not root.eval.checkpoint.isdecimal():
         messages.append(f"eval.checkpoint={root.eval.checkpoint}: give best, latest or the number of an update")

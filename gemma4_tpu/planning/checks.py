@@ -160,8 +160,12 @@ def _calibration(root: PlanRoot, wanted: Slice | None) -> list[str]:
 def _unread(root: PlanRoot) -> list[str]:
     """A warning if the lengths of the user's own rows are not measured; `plan.*` describes CodeV-R1's."""
     plan, paths = root.plan, [source.path for source in root.data.train if source.path]
-    if root.data.format == "codev_r1" or not paths or any(getattr(plan, key) != getattr(PlanConfig(), key) for key in LENGTHS):
+    stated = any(getattr(plan, key) != getattr(PlanConfig(), key) for key in LENGTHS)
+    if stated or not paths or root.trainer.max_updates is not None:
         return []
+    if root.data.format == "codev_r1":
+        whole = f"CodeV-R1 has about 87,000 rows; minutes and dollars are those of {plan.rows:,} (data.max_rows=10000)"
+        return [f"data.max_rows=null: {whole}"] if root.data.max_rows is None else []
     absent = next((problem for s in root.data.train for problem in source_problem("data.train", s)), None)
     if absent is None:
         near = not any("://" in path or path.startswith(HUGGING_FACE) for path in paths)

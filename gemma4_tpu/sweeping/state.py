@@ -115,7 +115,9 @@ class SweepLock:
         except OSError as error:
             if error.errno in DISK_FULL:
                 raise
-            raise UserError(f"{folder}: can't create this folder ({error.strerror}); give another hydra.sweep.dir") from error
+            raise UserError(
+                f"{folder}: can't create this folder ({error.strerror}); give another hydra.sweep.dir"
+            ) from error
         self._file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
