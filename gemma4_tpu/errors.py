@@ -136,8 +136,8 @@ def _outside(error: Exception) -> tuple[int, str] | None:
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         where = f" ({error.filename})" if error.filename else ""
         return REFUSED, f"the disk is full{where}: make space, and the same command resumes"
-    if (where := bad_place(error)) is not None:
-        return REFUSED, f"{where}; give another path, or allow access to it"
+    if (unusable := bad_place(error)) is not None:
+        return REFUSED, f"{unusable}; give another path, or allow access to it"
     if is_of_client(error):
         return STORAGE_GONE, f"{type(error).__name__}: {first_line(error)}"
     return None

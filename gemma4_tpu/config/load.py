@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, NoReturn
+from typing import Any, Generic, NoReturn, cast
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -88,7 +88,7 @@ def _load(argv: list[str], entry: EntryPoint[Root, Checks]) -> Loaded[Root, Chec
         root = entry.normalise(composed)
         checked, found = entry.examine(root)
         found += [Refusal(problem) for problem in secret_place(getattr(root, "run_dir", None))]
-        found += [Refusal(problem) for problem in one_slash(asdict(root))]
+        found += [Refusal(problem) for problem in one_slash(asdict(cast(Any, root)))]
         problems += [p for p in found if not any(earlier.clouds(p.message) for earlier in problems)]
     if problems or checked is None:
         raise UserError(f"{refusal(problems)}\n({entry.command} --help lists every key)")
