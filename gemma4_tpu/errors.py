@@ -48,6 +48,10 @@ _AGAIN_SECONDS = 0.02
 Stop = TypeVar("Stop", bound=BaseException)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of an OSError when no more can be written."""
+BAD_PLACE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+)  # fmt: skip
+"""Error numbers of an OSError when a path can't be used as it was given: a matter of the path or of permissions."""
 _CLIENTS = ("aiohttp", "fsspec", "gcsfs", "google", "httpx", "huggingface_hub", "requests")
 """Packages that talk to other machines: their exceptions concern an address or a connection, not a bug of ours."""
 
@@ -85,6 +89,8 @@ def exit_code(run: Callable[[], int], *, interrupted: str = "interrupted") -> in
     """Exit code of an entry point's work: a refusal, a full disk or an unreachable address is one message on stderr;
     Ctrl-C and SIGTERM print a line that says `interrupted`.
     """
+    if logging.lastResort is not None:  # for what libraries log before there is a log
+        logging.lastResort.setFormatter(_Untraced())
     try:
         with _terminable():
             return run()
@@ -130,9 +136,30 @@ def _outside(error: Exception) -> tuple[int, str] | None:
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         where = f" ({error.filename})" if error.filename else ""
         return REFUSED, f"the disk is full{where}: make space, and the same command resumes"
-    if type(error).__module__.partition(".")[0] in _CLIENTS:
+    if (unusable := bad_place(error)) is not None:
+        return REFUSED, f"{unusable}; give another path, or allow access to it"
+    if is_of_client(error):
         return STORAGE_GONE, f"{type(error).__name__}: {first_line(error)}"
     return None
+
+
+def bad_place(error: Exception) -> str | None:
+    """`<path>: Permission denied`, for an error that concerns a path as it was given; None: another error."""
+    if isinstance(error, OSError) and error.errno in BAD_PLACE and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def is_of_client(error: BaseException) -> bool:
+    """Whether a package that talks to other machines raised this."""
+    return type(error).__module__.partition(".")[0] in _CLIENTS
+
+
+class _Untraced(logging.Formatter):
+    """Omits tracebacks, which concern those who have a log."""
+
+    def formatException(self, ei: object) -> str:
+        return ""
 
 
 def stopped_code(stop: KeyboardInterrupt) -> int:

@@ -10,12 +10,13 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.errors import STORAGE_GONE, UserError, first_line
+from gemma4_tpu.errors import STORAGE_GONE, UserError, first_line, is_of_client
 
 _FETCH_BYTES = 32 << 20  # size of one remote request
 _FETCHES = 8  # concurrent remote requests
@@ -84,6 +85,22 @@ class Deadline:
         reason = f"; last: {first_line(failures[0])[:300]}" if failures else ""
         by = f" ({self.key})" if self.key else ""
         raise StorageGone(f"{what}: no answer for {self.seconds:g} s{by}{reason}")
+
+
+@contextmanager
+def answering(path: str) -> Iterator[None]:
+    """Names the address in errors of the packages that talk to other machines.
+
+    Raises:
+      StorageGone: an address did not answer, or refused.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_remote(path) or not is_of_client(error):
+            raise
+        login = " and the login (gcloud auth application-default login)" if path.startswith("gs://") else ""
+        raise StorageGone(f"{path}: {first_line(error)}; check the address, the network{login}") from error
 
 
 def is_remote(path: str) -> bool:

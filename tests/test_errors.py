@@ -31,6 +31,14 @@ def test_refusals_and_interruptions_are_one_message_and_other_errors_stay(capsys
         exit_code(lambda: 1 // 0)
 
 
+def test_a_path_that_cannot_be_used_is_one_message(tmp_path, capsys):
+    place = tmp_path / ("a" * 300)
+    assert exit_code(place.is_dir) == REFUSED  # Python itself raises
+    assert capsys.readouterr().err == f"error: {place}: File name too long; give another path, or allow access to it\n"
+    with pytest.raises(FileNotFoundError):  # may be a defect of ours
+        exit_code((tmp_path / "absent").read_text)
+
+
 def test_the_traceback_of_a_defect_shows_no_secret():
     """Before there is a log, too, whose own hook blanks them."""
     raising = "raise ValueError('no answer from https://me:' + 'planted0123' + '@host/x')"

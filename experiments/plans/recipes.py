@@ -2,6 +2,9 @@
 
     python experiments/plans/recipes.py                  # all of them, some minutes on two cores
     python experiments/plans/recipes.py v5p8 rank_sweep
+    python experiments/plans/recipes.py --assumed        # compiles nothing: time and dollars of kept plans again
+
+`--assumed` is for after a change of the assumed utilization: plans without a schedule get today's.
 
 Each job is one `python -m gemma4_tpu.plan experiment=…`; its plan.json is kept next to the README (a sweep has one for
 each job, `plans/<job>.json`) with a picture of HBM per chip.
@@ -18,12 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gemma4_tpu.config.load import load
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.markdown import table
+from gemma4_tpu.plan import PLAN
 from gemma4_tpu.planning.estimate import PlanResult
+from gemma4_tpu.planning.money import chosen_price, preemptions, usd_estimate
 from gemma4_tpu.reporting.memory_bars import plot_hbm
 from gemma4_tpu.reporting.plan_rows import band, usd_per_million
-from gemma4_tpu.tracking.records import read_record
+from gemma4_tpu.tracking.records import PLAN as PLAN_RECORD
+from gemma4_tpu.tracking.records import read_record, write_record
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- plan: python experiments/plans/recipes.py -->", "<!-- end of plan -->"
@@ -119,6 +126,31 @@ def plan(words: list[str], to: Path) -> None:
         shutil.copy(run_dir / "plan.json", to)
 
 
+def assume_again(words: list[str], kept: Path) -> None:
+    """Time and dollars of a kept plan without a schedule, by the utilization that is assumed today."""
+    told = read_record(kept).values
+    if not told["fits"] or told.get("step_seconds"):
+        return
+    config = load(words, PLAN).root
+    low, high = config.plan.utilization_low, config.plan.utilization_high
+    shares = {"low": low, "mid": (low + high) / 2, "high": high}
+    tokens, updates = told["real_tokens_per_update"], told["updates"]
+    each = {end: told["roofline_seconds"]["update"] / share for end, share in shares.items()}
+    hours = {end: seconds * updates / 3600 for end, seconds in each.items()}
+    usd = usd_estimate(config.hardware, config.plan, config.checkpoint, hours, updates)
+    again = {
+        "utilization": shares,
+        "seconds_per_update": each,
+        "real_tokens_per_second": {end: tokens / seconds for end, seconds in each.items()},
+        "hours": hours,
+        "usd_estimate": usd,
+        "usd_per_million_real_tokens": usd["on_demand"]["mid"] / updates / tokens * 1e6,
+        "price": chosen_price(config.hardware),
+        "preemptions": preemptions(config.plan, config.checkpoint, max(hours.values()), updates),
+    }
+    write_record(kept, PLAN_RECORD, told | again)
+
+
 HEADS = (
     "job", "dp × fsdp × tp", "remat", "rows × microbatches", "GiB of HBM per chip", "roofline ms per update",
     "bound by", "schedule ms", "real tokens/s", "updates", "minutes", "$", "$ per million real tokens",
@@ -182,12 +214,15 @@ def main() -> None:
     """Plans the recipes that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[[], *(recipe.name for recipe in RECIPES)])
-    names = parser.parse_args().names
+    parser.add_argument("--assumed", action="store_true", help="compile nothing: kept plans, today's utilization")
+    arguments = parser.parse_args()
+    names = arguments.names
     for recipe in RECIPES:
         if names and recipe.name not in names:
             continue
         for label, words in recipe.jobs.items():
-            plan([f"experiment={recipe.base}", *words], recipe.path(label))
+            again = assume_again if arguments.assumed else plan
+            again([f"experiment={recipe.base}", *words], recipe.path(label))
             print(recipe.name, label, flush=True)
         plans = {label: read_record(recipe.path(label)).values for label in recipe.jobs}
         folder = EXPERIMENTS / recipe.name

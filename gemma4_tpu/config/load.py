@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, NoReturn
+from typing import Any, Generic, NoReturn, cast
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -29,10 +29,10 @@ from gemma4_tpu.config.hydra_flags import of_one_run, search_path, serve, with_c
 from gemma4_tpu.config.keys import field_types, unknown_key
 from gemma4_tpu.config.lists import extended
 from gemma4_tpu.config.overrides import Groups, check_file, check_overrides, groups_in, one_length
-from gemma4_tpu.config.paths import secret_place
+from gemma4_tpu.config.paths import one_slash, secret_place
 from gemma4_tpu.config.refusals import Refusal, refusal
 from gemma4_tpu.config.schema import TrainRoot
-from gemma4_tpu.errors import UserError, tell
+from gemma4_tpu.errors import UserError, bad_place, tell
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,25 @@ def load(argv: list[str], entry: EntryPoint[Root, Checks]) -> Loaded[Root, Check
       UserError: lists every problem of the command line, the files it selects, and their values.
       SystemExit: a flag was served.
     """
+    try:
+        return _load(argv, entry)
+    except OSError as error:
+        if (where := bad_place(error)) is None:
+            raise
+        told = next((word for word in argv if _is_about(word, str(error.filename))), None)
+        where = f"{told}: {error.strerror}" if told is not None else where
+        raise UserError(
+            f"{where}; give another path, or allow access to it\n({entry.command} --help lists every key)"
+        ) from None
+
+
+def _is_about(word: str, place: str) -> bool:
+    """Whether a word of the command line gives this path, or a folder above it."""
+    value = word.partition("=")[2].strip("'\"")
+    return bool(value) and Path(place).absolute().is_relative_to(Path(value).expanduser().absolute())
+
+
+def _load(argv: list[str], entry: EntryPoint[Root, Checks]) -> Loaded[Root, Checks]:
     given, flags, passed_on = _split(argv, entry)
     if flags is not None and flags.shell_completion:  # its words are not keys
         serve(entry, ["--shell-completion"], flags.overrides)
@@ -69,6 +88,7 @@ def load(argv: list[str], entry: EntryPoint[Root, Checks]) -> Loaded[Root, Check
         root = entry.normalise(composed)
         checked, found = entry.examine(root)
         found += [Refusal(problem) for problem in secret_place(getattr(root, "run_dir", None))]
+        found += [Refusal(problem) for problem in one_slash(asdict(cast(Any, root)))]
         problems += [p for p in found if not any(earlier.clouds(p.message) for earlier in problems)]
     if problems or checked is None:
         raise UserError(f"{refusal(problems)}\n({entry.command} --help lists every key)")
@@ -212,6 +232,7 @@ def _plain(error: Exception, schema: type) -> str:
         return f"{word}: {key} has no item {index}; write the whole list: '{key}=[…]'"
     chain = [error, error.__cause__, error.__context__]
     key = next((found[1] for e in chain if (found := re.search(r"full_key: (\S+)", str(e)))), "")
+    key = re.sub(r"\[(\d+)\]", r".\1", key)  # of a list, as we write it
     file = re.match(r"In '([^']+)'", text)
     where = f"{file[1]}.yaml: " if file else ""
     message = unknown_key(schema, key) if key else None

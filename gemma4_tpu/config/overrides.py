@@ -32,6 +32,9 @@ from gemma4_tpu.config.values import bad_value
 ONE_OF = (("trainer.epochs", "trainer.max_updates"), ("optimizer.warmup_fraction", "optimizer.warmup_updates"))
 """Pairs of keys that set the same thing in two ways."""
 
+_PATHS = {"data": "data=chat_jsonl data.train", "model": "model.path"}
+"""Group → the key that takes a path for it."""
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -161,9 +164,15 @@ def _check_option(word: str, override: Override, schema: type, groups: Groups) -
             listed = ", ".join(options)
             return Refusal(f"{word}: a group takes one of its options ({listed}); keys: {group}.key=value", doubtful)
         if str(value) not in options:
-            hint = did_you_mean(str(value), options, lambda option: f"{group}={option}")
+            hint = _as_path(group, str(value)) or did_you_mean(str(value), options, lambda option: f"{group}={option}")
             return Refusal(f"{word}: no such option{hint} (options: {', '.join(options) or 'none'})", doubtful)
     return None
+
+
+def _as_path(group: str, value: str) -> str:
+    """How to give a file or folder that was given as an option of a group; empty: it looks like none."""
+    looks = "/" in value or Path(value).suffix not in ("", ".yaml", ".yml")
+    return f"; a path is given as {_PATHS[group]}={value}" if looks and group in _PATHS else ""
 
 
 def _values(override: Override) -> Iterator[Any]:
@@ -188,14 +197,21 @@ def _not_an_override(word: str, schema: type) -> str:
         if message and (ours := synonym(schema, name, value)):
             return f"{word}: no such flag; settings are written without dashes, and here it is {ours}"
         (meant, *_) = [name] if message is None else (*_meant(message), "key")
-        return f"{word}: no such flag; settings are written {meant}=value"
+        switch = unknown_key(schema, meant) is None and type_at(schema, meant) is bool
+        return f"{word}: no such flag; settings are written {meant}={'true' if switch else 'value'}"
     if "=" not in word:
-        return f"{word}: settings are written key=value, such as lora.rank=8"
+        return f"{word}: settings are written key=value{_such_as(word, schema)}"
     key, _, value = word.partition("=")
     if plain_list := re.fullmatch(r"\[([^\[\]'\"]+)\]", value):
         value = ",".join(f"'{item.strip()}'" for item in plain_list[1].split(","))
         return f'{word}: the value can\'t be read; quote what it lists: "{key}=[{value}]"'
     return f"{word}: the value can't be read; quote it: \"{key}='{value}'\""
+
+
+def _such_as(word: str, schema: type) -> str:
+    examples = (word + "=…", "lora.rank=8", f"run={word}", f"model.path={word}", f"endpoint={word}")
+    example = next((one for one in examples if unknown_key(schema, one.partition("=")[0]) is None), None)
+    return f", such as {example}" if example else ""
 
 
 def _hydra_word(word: str, name: str) -> str:

@@ -16,6 +16,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.redact import redact
 
 GCS = "gs://"
+_SCHEMES = ("gs", "hf", "s3", "file", "https?")
 
 
 def at_home(path: str | None) -> Any:
@@ -46,6 +47,22 @@ def secret_place(run_dir: str | None) -> list[str]:
     )
 
 
+def one_slash(values: Any, key: str = "") -> list[str]:
+    """Problems with `gs:/bucket/run` and `gs//bucket/run`, which would be folders on this machine.
+
+    Args:
+      values: a configuration, as dicts and lists.
+      key: of `values`, dotted.
+    """
+    if isinstance(values, dict | list):
+        items = values.items() if isinstance(values, dict) else enumerate(values)
+        return [problem for name, value in items for problem in one_slash(value, f"{key}.{name}" if key else str(name))]
+    found = re.match(rf"({'|'.join(_SCHEMES)})(:/(?!/)|//)", values) if isinstance(values, str) else None
+    if found is None:
+        return []
+    return [f"{key}={values}: an address is written {found[1]}://; give {key}={found[1]}://{values[found.end() :]}"]
+
+
 def local_place(given: str, path: str) -> tuple[Path | None, list[str]]:
     """Location of a local or embedded path; None for gs:// and the like, whose problems show on reading."""
     if path.startswith(GCS) and importlib.util.find_spec("gcsfs") is None:
@@ -65,11 +82,10 @@ def local_folder(given: str, path: str) -> tuple[Path | None, list[str]]:
         return None, messages
     if place.is_dir():
         return place, []
-    what = "is a file, not a folder" if place.exists() else f"no such folder{sibling(place)}"
     advice = "give a local or gs:// folder, or embedded:tiny"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         advice = f"if that is a model's name, download it first: hf download {path} --local-dir <folder>"
-    return None, [f"{given}: {what}; {advice}"]
+    return None, [f"{given}: {no_folder(place)}; {advice}"]
 
 
 def remote_problem(given: str, path: str) -> list[str]:
@@ -77,6 +93,11 @@ def remote_problem(given: str, path: str) -> list[str]:
     if not path.startswith(GCS) or not path.removeprefix(GCS).strip("/"):
         return [f"{given}: give a local run folder, or one on gs://<bucket>/<folder>"]
     return local_place(given, path)[1]
+
+
+def no_folder(place: Path) -> str:
+    """Why a place is not a folder, in words."""
+    return "is a file, not a folder" if place.exists() else f"no such folder{sibling(place)}"
 
 
 def sibling(place: Path) -> str:

@@ -6,6 +6,7 @@ never the other way round.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ from gemma4_tpu.data.checks import HUGGING_FACE
 from gemma4_tpu.data.drops import Origin
 from gemma4_tpu.data.readers import READERS, RawRow, endings, read_file
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.storage import filesystem
+from gemma4_tpu.storage import answering, filesystem, is_remote
 
 HUGGING_FACE_NAME = re.compile(r"hf:([^:]+)(?::([^:/]*))?(?::([^:/]+))?")  # hf:NAME[:SPLIT] or hf:NAME:SUBSET:SPLIT
 METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # written by `datasets`
@@ -63,7 +64,7 @@ class SourcePlace:
         if self.hub is not None:
             yield from _read_hugging_face(self)
         for file, name in self.files.items():
-            with self.store.open(file, "rb") as stream:
+            with answering(name), self.store.open(file, "rb") as stream:
                 yield from read_file(stream, name)
 
     def heldout_splits(self) -> list[str]:
@@ -105,6 +106,12 @@ def find(source: DataSource, *, heldout: bool = False) -> SourcePlace:
     path = source.path
     if path.startswith(HUGGING_FACE) and "://" not in path:  # hf://datasets/… is a file system path
         return _find_hugging_face(source, heldout)
+    with answering(path):
+        return _find_in_store(source, heldout)
+
+
+def _find_in_store(source: DataSource, heldout: bool) -> SourcePlace:
+    path = source.path
     store, root = filesystem(assets.resolve(path))
     if source.subset:
         root, path = f"{root.rstrip('/')}/{source.subset}", f"{path.rstrip('/')}/{source.subset}"
@@ -122,6 +129,8 @@ def find(source: DataSource, *, heldout: bool = False) -> SourcePlace:
 def _find_in_folder(store: Any, root: str, path: str, source: DataSource, heldout: bool) -> SourcePlace:
     splits: dict[str | None, list[str]] = {}
     passed_over: Counter[str] = Counter()
+    if not is_remote(path):
+        _list_all(root)
     for file in sorted(store.find(root)):
         inside = file[len(root) :].lstrip("/")
         parts = inside.split("/")
@@ -141,6 +150,16 @@ def _find_in_folder(store: Any, root: str, path: str, source: DataSource, heldou
         passed_over["files without a split in their name"] += len(splits[None])
     files = {file: path + file[len(root) :] for file in splits[chosen]}
     return SourcePlace(path, chosen, others, files, passed_over, store)
+
+
+def _list_all(root: str) -> None:
+    """Raises the OSError of a folder that can't be listed, which fsspec would take for an empty one."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for _ in os.walk(root, onerror=refuse):
+        pass
 
 
 def _split_of(parts: list[str], wanted: str | None) -> str | None:

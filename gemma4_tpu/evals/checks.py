@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from gemma4_tpu.checkpoint_folder import RANDOM, checkpoint_architecture, tokenizer_problem
 from gemma4_tpu.config.limits import limit_problems
-from gemma4_tpu.config.paths import folder_of, local_place, name_problem
+from gemma4_tpu.config.paths import folder_of, local_place, name_problem, no_folder
 from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.schema import DataSource
 from gemma4_tpu.config.tasks import EvalConfig, EvaluateRoot
@@ -161,9 +161,10 @@ def _run(root: EvaluateRoot) -> list[str]:
     if "://" in root.run:
         messages.append(f"run={root.run}: the run folder must be local; copy it here first")
     elif not is_run(Path(root.run)):
-        there = "not the folder of a training run (config.yaml and checkpoints/)" if Path(root.run).is_dir() else (
-            "no such folder"
-        )  # fmt: skip
+        place = Path(root.run)
+        there = (
+            "not the folder of a training run (config.yaml and checkpoints/)" if place.is_dir() else no_folder(place)
+        )
         messages.append(f"run={root.run}: {there}")
     if root.eval.checkpoint not in ("best", "latest") and not root.eval.checkpoint.isdecimal():
         messages.append(f"eval.checkpoint={root.eval.checkpoint}: give best, latest or the number of an update")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma4_tpu.config.limits import limit_problems
-from gemma4_tpu.config.paths import folder_of, name_problem, remote_problem
+from gemma4_tpu.config.paths import folder_of, name_problem, no_folder, remote_problem
 from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.tasks import ExportConfig, MergeRoot
 from gemma4_tpu.tracking.records import SWEEP, read_record
@@ -63,7 +63,7 @@ def _runs(run: str) -> tuple[list[Path] | list[str], list[str]]:
         return [run], remote_problem(f"run={run}", run)
     folder = Path(run)
     if not folder.is_dir():
-        return [], [f"run={run}: no such folder"]
+        return [], [f"run={run}: {no_folder(folder)}; give a run folder"]
     if is_run(folder):
         return [folder], []
     inside = sorted((place for place in folder.iterdir() if place.is_dir() and is_run(place)), key=_natural)

@@ -6,19 +6,22 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 from gemma4_tpu import assets
 from gemma4_tpu.architectures import ARCHITECTURES, Architecture
 from gemma4_tpu.checkpoint_folder import RANDOM, checkpoint_architecture, recognise, tokenizer_problem
 from gemma4_tpu.config.limits import CHOICES
+from gemma4_tpu.config.paths import no_folder
 from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.rollouts import is_address
 from gemma4_tpu.config.schema import DataSource, LoraConfig
-from gemma4_tpu.config.tasks import PlanRoot
+from gemma4_tpu.config.tasks import PlanConfig, PlanRoot
 from gemma4_tpu.data.checks import HUGGING_FACE, source_problem
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import LOCAL, SLICES, MeshSizes, Slice, option_name, slice_of
+from gemma4_tpu.planning.own_runs import band_of_runs
 from gemma4_tpu.step.objective_kinds import KINDS
 from gemma4_tpu.storage import list_folder
 from gemma4_tpu.tracking.run import RunFolder
@@ -27,6 +30,8 @@ from gemma4_tpu.training.meshes import resolve_mesh
 from gemma4_tpu.training.recipe import Recipe, TeacherModel, rows_per_microbatch
 from gemma4_tpu.training.rollouts_checks import is_on_policy
 
+LENGTHS = ("rows", "mean_tokens", "p99_tokens")
+"""Keys of `plan` that stand for rows which can't be read here."""
 UPDATES = 1_000
 """Length of the run in the program's learning-rate schedule: the same for all plans, so that runs with other rows or
 epochs share a program. No figure depends on it.
@@ -88,6 +93,7 @@ def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Refusal]]:
     choices = CHOICES["hardware.flags"]
     if not root.plan.search_flags or not set(root.plan.search_flags) <= set(choices):
         messages.append(f"plan.search_flags={root.plan.search_flags}: give some of [{', '.join(choices)}]")
+    messages += _calibration(root, wanted)
     architecture, missing = _architecture(root)
     teacher, unknown = _teacher(root)
     messages += unknown
@@ -109,9 +115,10 @@ def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Refusal]]:
         warnings.append(f"{'; '.join(missing)}: planned with the numbers of {architecture.name}")
     if is_on_policy(root.objective) and root.rollouts.reward is not None:
         warnings.append(f"objective={root.objective.kind}: planned without rewards, computed while it decodes")
-    return PlanChecked(
-        architecture, wanted, checked.mesh, _data_here(root), tuple(warnings), teacher, tuple(missing)
-    ), []
+    data_here = _data_here(root)
+    if not data_here:
+        warnings += _unread(root)
+    return PlanChecked(architecture, wanted, checked.mesh, data_here, tuple(warnings), teacher, tuple(missing)), []
 
 
 def recipe_of(root: PlanRoot, checked: PlanChecked) -> Recipe:
@@ -134,6 +141,43 @@ def _compiler(root: PlanRoot, wanted: Slice | None) -> list[str]:
     if importlib.util.find_spec("libtpu") is None:
         return ["planning compiles with libtpu, which is not installed: pip install 'gemma4-tpu[tpu]'"]
     return []
+
+
+def _calibration(root: PlanRoot, wanted: Slice | None) -> list[str]:
+    """Runs that would calibrate nothing, before minutes of compilation."""
+    place = root.plan.calibration
+    if place is None or wanted is None:
+        return []
+    if not root.plan.schedule and not root.plan.search:
+        return [f"plan.calibration={place}: a band around the schedule; give plan.schedule=true, or leave it out"]
+    if not Path(place).is_dir():
+        return [f"plan.calibration={place}: {no_folder(Path(place))}; give a run folder, or a folder of them"]
+    try:
+        band_of_runs(Path(place), wanted.chip)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def _unread(root: PlanRoot) -> list[str]:
+    """A warning if the lengths of the user's own rows are not measured; `plan.*` describes CodeV-R1's."""
+    plan, paths = root.plan, [source.path for source in root.data.train if source.path]
+    stated = any(getattr(plan, key) != getattr(PlanConfig(), key) for key in LENGTHS)
+    if stated or not paths or root.trainer.max_updates is not None:
+        return []
+    if root.data.format == "codev_r1":
+        whole = f"CodeV-R1 has about 87,000 rows; minutes and dollars are those of {plan.rows:,} (data.max_rows=10000)"
+        return [f"data.max_rows=null: {whole}"] if root.data.max_rows is None else []
+    absent = next((problem for s in root.data.train for problem in source_problem("data.train", s)), None)
+    if absent is None:
+        near = not any("://" in path or path.startswith(HUGGING_FACE) for path in paths)
+        absent = f"data.train={', '.join(paths)}: not " + (
+            "tokenised, because no tokenizer is here (model.tokenizer=<folder>)" if near else "read from afar"
+        )
+    return [
+        f"{absent}: minutes and dollars are those of {plan.rows:,} rows of {plan.mean_tokens:g} tokens; give plan.rows,"
+        " plan.mean_tokens and plan.p99_tokens"
+    ]
 
 
 def _architecture(root: PlanRoot) -> tuple[Architecture | None, list[str]]:

@@ -19,6 +19,7 @@ from gemma4_tpu.config.tasks import PlanConfig
 from gemma4_tpu.data.examples import Examples
 from gemma4_tpu.data.forms import CONVERSATIONS
 from gemma4_tpu.data.updates import Updates
+from gemma4_tpu.errors import UserError
 from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.training.recipe import rows_per_update
 
@@ -85,11 +86,13 @@ def lengths_of(
         return Lengths(
             _read(model, data, rows_are), f"measured: {', '.join(s.path for s in data.train)}, tokenised here"
         )
-    examples = _of_lengths(_stated_lengths(stated, data))
+    lengths = _stated_lengths(stated, data)
+    examples, dropped = _of_lengths(lengths), _stated_rows(stated, data) - len(lengths)
+    without = f", {dropped:,} longer ones dropped" if dropped else ""
     return Lengths(
         examples,
-        f"assumed: {len(examples):,} examples, lognormal lengths of mean {stated.mean_tokens:g} and 99th percentile"
-        f" {stated.p99_tokens:g} tokens (plan.rows, plan.mean_tokens, plan.p99_tokens)",
+        f"assumed: {len(examples):,} examples{without}, lognormal lengths of mean {stated.mean_tokens:g} and 99th"
+        f" percentile {stated.p99_tokens:g} tokens (plan.rows, plan.mean_tokens, plan.p99_tokens)",
     )
 
 
@@ -132,9 +135,20 @@ def _read(model: ModelConfig, data: DataConfig, rows_are: str) -> Examples:
     return build_data(data, tokenizer, rows_are, picture_reader(base, data)).train
 
 
+def _stated_rows(plan: PlanConfig, data: DataConfig) -> int:
+    return plan.rows if data.max_rows is None else min(plan.rows, data.max_rows)
+
+
 def _stated_lengths(plan: PlanConfig, data: DataConfig) -> np.ndarray:
-    """int64 [rows]: quantiles of the lognormal distribution with this mean and 99th percentile, at most T."""
-    rows = plan.rows if data.max_rows is None else min(plan.rows, data.max_rows)
+    """int64 [rows]: quantiles of the lognormal distribution with this mean and 99th percentile.
+
+    Those beyond T are left out, as training drops them; but if the 99th percentile fits, so does the last 1%, of which
+    nothing is stated.
+
+    Raises:
+      UserError: none is left.
+    """
+    rows = _stated_rows(plan, data)
     tail = NormalDist().inv_cdf(0.99)
     spread = math.log(plan.p99_tokens / plan.mean_tokens)
     # mean = exp(µ + σ²/2) and p99 = exp(µ + tail·σ); no lognormal is steeper than σ = tail
@@ -142,7 +156,15 @@ def _stated_lengths(plan: PlanConfig, data: DataConfig) -> np.ndarray:
     mu = math.log(plan.mean_tokens) - sigma**2 / 2
     normal = NormalDist(mu, sigma) if sigma else None
     lengths = [math.exp(normal.inv_cdf((i + 0.5) / rows)) if normal else plan.mean_tokens for i in range(rows)]
-    return np.clip(np.round(lengths), 1, data.sequence_length).astype(np.int64)
+    whole = np.maximum(np.round(lengths), 1).astype(np.int64)
+    if plan.p99_tokens <= data.sequence_length:
+        return np.minimum(whole, data.sequence_length)
+    if not (fitting := whole[whole <= data.sequence_length]).size:
+        raise UserError(
+            f"plan.mean_tokens={plan.mean_tokens:g}: no row fits into data.sequence_length={data.sequence_length}, and"
+            " training drops longer ones; give a larger data.sequence_length, or the lengths of your rows"
+        )
+    return fitting
 
 
 def _of_lengths(slots: np.ndarray) -> Examples:

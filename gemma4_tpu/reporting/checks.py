@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.config.keys import did_you_mean
-from gemma4_tpu.config.paths import folder_of
+from gemma4_tpu.config.paths import folder_of, no_folder
 from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.tasks import ReportRoot
 from gemma4_tpu.hardware import LOCAL, SLICES
@@ -68,7 +68,8 @@ def _places(root: ReportRoot, subject: str) -> Iterator[str]:
         if key == "run" and "://" in place:
             continue  # its small files are copied here
         if not (Path(place).exists() if key in _FILES_TOO else Path(place).is_dir()):
-            yield f"{key}={place}: no such folder" + " (a local copy is needed)" * ("://" in place)
+            missing = "no such folder (a local copy is needed)" if "://" in place else no_folder(Path(place))
+            yield f"{key}={place}: {missing}"
     yield from (
         f"{subject}: {place} is given twice"
         for place in sorted({p for _, p in wanted if wanted.count((subject, p)) > 1})

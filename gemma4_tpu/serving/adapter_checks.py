@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from gemma4_tpu.config.overrides import naturally
+from gemma4_tpu.config.paths import no_folder
 from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.hardware import SLICES
 from gemma4_tpu.serving.model_checks import ADAPTER, platform_of
@@ -121,7 +122,7 @@ def _read(given: str) -> tuple[Path | None, dict[str, Any] | None, str]:
     place = Path(given).absolute()
     folder = place / ADAPTER if is_run(place) else place
     if not place.is_dir():
-        return None, None, f"adapters: {given}: no such folder"
+        return None, None, f"adapters: {given}: {no_folder(place)}"
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         return None, None, (
             f"adapters: {given}: contains no adapter; python -m gemma4_tpu.merge run={given} export=peft writes one"

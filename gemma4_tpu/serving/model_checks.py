@@ -10,6 +10,7 @@ from typing import Any
 
 from gemma4_tpu.architectures import ARCHITECTURES, Architecture, from_hf_config, to_hf_config
 from gemma4_tpu.checkpoint_folder import INDEX_NAME, SINGLE_NAME, no_checkpoint
+from gemma4_tpu.config.paths import no_folder
 from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import LOCAL, SLICES
@@ -63,7 +64,7 @@ def find_model(run: str, *, mounted: bool) -> tuple[FoundModel | None, list[str]
     folder = Path(run)
     if not folder.is_dir():
         advice = f"; download it first: hf download {run} --local-dir <folder>" if run.count("/") == 1 else ""
-        return None, [f"run={run}: no such folder{advice}"]
+        return None, [f"run={run}: {no_folder(folder)}{advice}"]
     if is_run(folder) and not (folder / MERGED).is_dir():
         there = f", but an adapter: serve it with adapters=[{run}]" if (folder / ADAPTER).is_dir() else ""
         return None, [

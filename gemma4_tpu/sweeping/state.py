@@ -16,7 +16,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gemma4_tpu.errors import UserError
+from gemma4_tpu.errors import DISK_FULL, UserError
 from gemma4_tpu.tracking.records import SWEEP, read_record, write_record
 
 RECORD = "sweep.json"
@@ -108,9 +108,16 @@ class SweepLock:
         """Acquires the lock.
 
         Raises:
-          UserError: a running process holds it.
+          UserError: a running process holds it, or there can't be such a folder.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise
+            raise UserError(
+                f"{folder}: can't create this folder ({error.strerror}); give another hydra.sweep.dir"
+            ) from error
         self._file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

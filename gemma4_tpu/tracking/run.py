@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from gemma4_tpu.data.hard_limit import leave_result_in
-from gemma4_tpu.errors import UserError, first_line, stopped_code
+from gemma4_tpu.errors import DISK_FULL, UserError, first_line, stopped_code
 from gemma4_tpu.redact import redact_arguments
 from gemma4_tpu.storage import is_remote, join
 from gemma4_tpu.tracking.bucket import CHECKPOINTS, Bucket
@@ -306,7 +306,9 @@ def _new_folder(parent: Path) -> Path:
 def _make(path: Path, exist_ok: bool = True) -> None:
     try:
         path.mkdir(parents=True, exist_ok=exist_ok)
-    except (PermissionError, NotADirectoryError) as error:
+    except OSError as error:
+        if error.errno in DISK_FULL or isinstance(error, FileExistsError):
+            raise
         raise UserError(f"run_dir={path}: can't create this folder ({error.strerror}); give another run_dir") from error
 
 

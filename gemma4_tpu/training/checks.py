@@ -19,7 +19,7 @@ from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.machines import MeshConfig
 from gemma4_tpu.config.outputs import TrackerConfig
-from gemma4_tpu.config.paths import at_home, folder_of, local_place, name_problem, remote_problem, sibling
+from gemma4_tpu.config.paths import at_home, folder_of, local_place, name_problem, no_folder, remote_problem
 from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.schema import DataConfig, LoraConfig, OptimizerConfig, TrainerConfig, TrainRoot
 from gemma4_tpu.data.checks import CHOICES, data_problems
@@ -237,8 +237,7 @@ def _start(lora: LoraConfig) -> list[str]:
         messages.append(f"lora.start_checkpoint={which}: give best, latest or the number of an update")
     place, found = local_place(f"lora.start={path}", path)
     if place is not None and not place.is_dir():
-        what = "is a file, not a folder" if place.exists() else f"no such folder{sibling(place)}"
-        found.append(f"lora.start={path}: {what}; give a run folder or the folder of a PEFT adapter")
+        found.append(f"lora.start={path}: {no_folder(place)}; give a run folder or the folder of a PEFT adapter")
     return messages + found
 
 

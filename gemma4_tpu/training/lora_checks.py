@@ -39,7 +39,7 @@ def lora_problems(lora: LoraConfig) -> list[str]:
             f"lora.targets=[]: nothing would be trained; give some of {known}, or lora=none for full fine-tuning"
         )
     unknown = [
-        f"lora.targets: {target!r} is no target{did_you_mean(target, LORA_TARGETS)} (targets: {known})"
+        f"lora.targets: {target!r} is no target{_in_our_words(target)} (targets: {known})"
         for target in lora.targets
         if target not in LORA_TARGETS
     ]
@@ -60,6 +60,14 @@ def lora_problems(lora: LoraConfig) -> list[str]:
     messages += [f"lora.targets: {target!r} is part of {MODULES[target]!r}; give one of them" for target in within]
     low = [f"lora.ranks.{pattern}={rank}: must be at least 1" for pattern, rank in lora.ranks.items() if rank < 1]
     return messages + _kind_problems(lora) + low
+
+
+def _in_our_words(target: str) -> str:
+    """A hint at what is meant; PEFT's names are those of the checkpoint's matrices."""
+    if target.replace("_", "-") == "all-linear":
+        return "; here it is attention and mlp"
+    role = target.removesuffix("_proj")
+    return f"; here it is {role}" if role in LORA_TARGETS else did_you_mean(target, LORA_TARGETS)
 
 
 def _kind_problems(lora: LoraConfig) -> list[str]:

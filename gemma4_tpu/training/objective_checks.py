@@ -5,7 +5,7 @@ from __future__ import annotations
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.checkpoint_folder import RANDOM
 from gemma4_tpu.config.keys import did_you_mean
-from gemma4_tpu.config.paths import local_place, sibling
+from gemma4_tpu.config.paths import local_place, no_folder
 from gemma4_tpu.config.rollouts import is_address
 from gemma4_tpu.config.schema import DataConfig, LoraConfig, ObjectiveConfig, TrainerConfig
 from gemma4_tpu.data.forms import FORMS
@@ -69,8 +69,7 @@ def _teacher(objective: ObjectiveConfig) -> list[str]:
         return messages
     place, found = local_place(f"objective.teacher={path}", path)
     if place is not None and not place.is_dir():
-        what = "is a file, not a folder" if place.exists() else f"no such folder{sibling(place)}"
-        found.append(f"objective.teacher={path}: {what}; give a run folder or the folder of a checkpoint")
+        found.append(f"objective.teacher={path}: {no_folder(place)}; give a run folder or the folder of a checkpoint")
     return messages + found
 
 

@@ -11,13 +11,19 @@ import pytest
 from omegaconf import OmegaConf
 
 import gemma4_tpu
+from gemma4_tpu.check import CHECK
 from gemma4_tpu.config import conf as conf_module
 from gemma4_tpu.config import load as load_module
 from gemma4_tpu.config.conf import config_dir, groups_of
 from gemma4_tpu.config.durations import seconds_of
 from gemma4_tpu.config.load import from_yaml, to_yaml
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.evaluate import EVALUATE
 from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.merge import MERGE
+from gemma4_tpu.plan import PLAN
+from gemma4_tpu.report import REPORT
+from gemma4_tpu.serve import SERVE
 from gemma4_tpu.step.objective_kinds import KINDS
 from gemma4_tpu.step.warmup import warmup_updates
 from gemma4_tpu.train import TRAIN, load_train
@@ -46,6 +52,32 @@ def test_every_option_composes_and_passes_the_checks(group, option, tmp_path):
         words.append("trainer.global_batch_sequences=512")
     loaded = load_train(words)
     assert loaded.overrides == words
+
+
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (TRAIN, [f"run_dir={LONG}"]),
+        (TRAIN, [f"model.path={LONG}"]),
+        (TRAIN, ["data=chat_jsonl", f"data.train='{LONG}.jsonl'"]),
+        (TRAIN, [f"--config-dir={LONG}"]),
+        (PLAN, ["hardware=v6e1", f"trainer.plan={LONG}/plan"]),
+        (MERGE, [f"run={LONG}"]),
+        (EVALUATE, [f"run={LONG}"]),
+        (SERVE, [f"run={LONG}", "dry_run=true"]),
+        (REPORT, [f"sweep={LONG}"]),
+        (CHECK, [f"model.path={LONG}"]),
+    ],
+    ids=lambda one: "" if isinstance(one, list) else one.name,
+)
+def test_a_path_that_the_system_refuses_is_a_refusal_that_names_its_key(entry, words):
+    with pytest.raises(UserError) as refused:
+        load_module.load(words, entry)
+    key = words[-1 if "dry_run" not in words[-1] else 0].partition("=")[0]
+    assert str(refused.value).startswith(f"{key}=") and "File name too long; give another path" in str(refused.value)
 
 
 def test_every_slice_has_an_option():

@@ -57,6 +57,8 @@ MISTAKES = [
     ("hydra.sweep.dir=x", "takes effect with --multirun only"),
     ("hydra.output_subdir=x", "the run folder is set by run_dir=<folder>"),
     ("hydra.verbose=3", "give true, false, the name of a logger or a list of names"),
+    ("model=e4b/checkpoint", "a path is given as model.path=e4b/checkpoint"),
+    ("data=rows.jsonl", "a path is given as data=chat_jsonl data.train=rows.jsonl"),
     # words of other trainers
     ("lr=1e-4", "lr=1e-4: no such key; here it is optimizer.learning_rate=1e-4"),
     ("trainer.lr=1e-4", "here it is optimizer.learning_rate=1e-4"),
@@ -95,6 +97,13 @@ MISTAKES = [
         "--lr=1e-4: no such flag; settings are written without dashes, and here it is optimizer.learning_rate",
     ),
     ("--learning_rate=1e-4", "settings are written optimizer.learning_rate=value"),
+    ("--preview", "settings are written preview=true"),
+    # values
+    ("run_dir=gs:/bucket/run", "an address is written gs://; give run_dir=gs://bucket/run"),
+    ("run_dir=gs//bucket/run", "an address is written gs://; give run_dir=gs://bucket/run"),
+    ("data.train.0.path='${oc.env:NO_SUCH}/a.jsonl'", "data.train.0.path: \"Environment variable 'NO_SUCH' not found"),
+    ("lora.targets=[q_proj]", "lora.targets: 'q_proj' is no target; here it is q"),
+    ("lora.targets=[all-linear]", "here it is attention and mlp"),
 ]
 
 

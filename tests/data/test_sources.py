@@ -1,7 +1,9 @@
 """Reading rows: every format gives the same rows, and what cannot be read is counted or refused by name."""
 
+import errno
 import gzip
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
@@ -11,6 +13,7 @@ from gemma4_tpu.config.schema import DataSource
 from gemma4_tpu.data import readers
 from gemma4_tpu.data.sources import find, read_rows
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.storage import StorageGone
 from tests.data.conftest import chat_row
 
 ROWS = [chat_row(f"question {i}", f"answer {i}") for i in range(5)]
@@ -216,3 +219,24 @@ def test_an_address_of_the_hub_is_a_file_and_no_data_set_name(monkeypatch):
     with pytest.raises(UserError, match="no network"):
         list(sources.read_rows("hf://datasets/owner/name/rows.jsonl"))
     assert asked == ["hf://datasets/owner/name/rows.jsonl"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+    for name in ("open", "closed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_text("{}\n")
+    scandir = os.scandir
+
+    def refusing(place):
+        if str(place).rstrip("/").endswith("closed"):  # as for a user without access to it
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="closed"):
+        find(DataSource(path=str(tmp_path)))
+
+
+def test_an_address_that_does_not_answer_is_named():
+    with pytest.raises(StorageGone, match=r"^http://127\.0\.0\.1:1/rows\.jsonl: .*check the address, the network$"):
+        find(DataSource(path="http://127.0.0.1:1/rows.jsonl"))

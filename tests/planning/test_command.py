@@ -11,6 +11,7 @@ import pytest
 from gemma4_tpu import plan
 from gemma4_tpu.config.keys import field_docs, field_types
 from gemma4_tpu.config.load import load
+from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.plan import PLAN
 from gemma4_tpu.planning import attempt, misfit, search
@@ -424,3 +425,51 @@ def test_a_kernel_that_asks_for_too_much_on_chip_memory_is_told_as_such(planned)
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 17.50M of 16.00M vmem."
     told = result(planned, fits=False, hbm_bytes_per_chip=None, message=message)
     assert "on-chip memory" in misfit_line(told) and "HBM" not in misfit_line(told)
+
+
+def test_rows_that_training_drops_cost_nothing():
+    whole, short = (
+        Planned.of(loaded.root, loaded.checked).fill
+        for length in (4096, 1024)
+        for loaded in [load(["hardware=v6e1", "model=gemma4_e2b", f"data.sequence_length={length}"], PLAN)]
+    )
+    assert whole.examples == 9959 and "dropped" not in whole.source
+    # lognormal: ln 1024 is 0.46 sigma above the median of these lengths
+    assert short.examples == pytest.approx(0.677 * 9959, rel=0.005)
+    assert f"{9959 - short.examples:,} longer ones dropped" in short.source
+    assert short.mean_tokens == pytest.approx(665, rel=0.02)  # of those that fit, by numerical integration
+    words = ["hardware=v6e1", "model=gemma4_e2b", "data.sequence_length=64", "plan.rows=10", "plan.p99_tokens=1000"]
+    loaded = load(words, PLAN)
+    with pytest.raises(UserError, match=r"plan\.mean_tokens=922: no row fits into data\.sequence_length=64"):
+        Planned.of(loaded.root, loaded.checked)
+
+
+def test_a_plan_of_rows_that_were_not_read_says_so(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.touch()
+    own = ["hardware=v6e1", "model=gemma4_e2b", "data=chat_jsonl", f"data.train={rows}"]
+
+    def warned(*words):
+        return [one for one in load([*own, *words], PLAN).checked.warnings if "minutes and dollars" in one]
+
+    assert "no tokenizer is here" in warned()[0] and "9,959 rows of 922 tokens" in warned()[0]
+    assert "no such file" in warned(f"data.train={tmp_path}/rws.jsonl")[0]
+    assert "read from afar" in warned("data.train=gs://bucket/rows.jsonl")[0]
+    assert warned("plan.rows=40") == warned("trainer.max_updates=100") == []
+    assert warned("data=codev_r1", "data.train.0.path=hf:rows")[0].startswith("data.max_rows=null: CodeV-R1 has about")
+    assert warned("data=codev_r1", "data.max_rows=10000", "data.train.0.path=hf:rows") == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["calibration=absent"], "plan.calibration=absent: no such folder"),
+        (["calibration=."], "of 0 run(s) none has measured_over_predicted"),
+        (["calibration=.", "plan.schedule=false"], "give plan.schedule=true, or leave it out"),
+    ],
+)
+def test_runs_that_calibrate_nothing_are_refused_before_minutes_of_compilation(words, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        load(["hardware=v6e1", "model=gemma4_e2b", *words], PLAN)
+    assert told in str(refused.value)
