@@ -19,7 +19,8 @@ _KIND = re.compile(r"module|package|interface|program|primitive")
 _ITEMS = re.compile(  # what a source file contains outside of modules
     r"(?:\s|//[^\n]*+|/\*(?:[^*]|\*(?!/))*+\*/"
     r"|^[ \t]*`define\b(?:[^\n]*\\\n)*[^\n]*|^[ \t]*`[a-z]\w*[^\n`]*+$|^[ \t]*\(\*(?!\))[^\n]*?\*\)"
-    r"|^[ \t]*(?:parameter|localparam)\b[^;=]*=[^;]*;|^[ \t]*import\s+\w+::[^;]*;|^[ \t]*time(?:unit|precision)\b[^;\n]*;"
+    r"|^[ \t]*(?:parameter|localparam)\b[^;=]*=[^;]*;|^[ \t]*import\s+\w+::[^;]*;"
+    r"|^[ \t]*time(?:unit|precision)\b[^\n]*;"
     r"|^[ \t]*typedef\b[^;{]*(?:\{[^}]*\}[^;{]*)*;"
     r"|^[ \t]*(?P<routine>function|task)\s[^;]*;(?s:.*?)\bend(?P=routine)\b(?:\s*:\s*\w+)?)++",
     re.MULTILINE,
