@@ -11,7 +11,7 @@ import re
 # they end, seed, print or describe it.
 _SYSTEM_TASKS = """
     $display $displayb $displayh $displayo $write $writeb $writeh $writeo $strobe $strobeb $strobeh $strobeo
-    $monitor $monitorb $monitorh $monitoro $monitoron $monitoroff $error $warning $info $fatal $finish $stop
+    $monitor $monitorb $monitorh $monitoro $monitoron $monitoroff $fflush $error $warning $info $fatal $finish $stop
     $dumpfile $dumpvars $dumpon $dumpoff $dumpall $dumpflush $dumplimit $timeformat $printtimescale
     $random $urandom $urandom_range $test$plusargs $value$plusargs
     $signed $unsigned $cast $clog2 $bits $size $left $right $low $high $increment $dimensions $unpacked_dimensions

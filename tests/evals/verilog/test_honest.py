@@ -190,6 +190,16 @@ def test_the_benchmarks_own_rule_refuses_some_of_them(verdicts):
             fenced(f"{HEAD} reg r = 0; assign y = a + b; initial forever #0 r = ~r; endmodule"),
             VerdictClass.TIMEOUT,
         ),
+        (
+            "endless_without_a_delay",
+            fenced(f"{HEAD} assign y = a + b; always begin end endmodule"),
+            VerdictClass.ELABORATION,
+        ),
+        (
+            "too_large",
+            fenced(f"{HEAD} assign y = a + b; wire [3:0] w = {{2000000000{{1'b1}}}}; endmodule"),
+            VerdictClass.ELABORATION,
+        ),
         ("flood", fenced(f'{HEAD} initial forever $display("flood"); endmodule'), VerdictClass.RUNTIME),
         ("no_code", "I'm sorry, I can't do that.", VerdictClass.NO_RESULT),
         ("nothing", "", VerdictClass.NO_RESULT),
