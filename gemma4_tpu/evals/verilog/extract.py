@@ -9,7 +9,7 @@ from gemma4_tpu.data.codev import split_response
 from gemma4_tpu.data.drops import RowDropped
 from gemma4_tpu.data.markup import CHANNEL, CHANNEL_END
 from gemma4_tpu.evals.problems import Problem
-from gemma4_tpu.evals.verilog.scan import blank, defined_modules
+from gemma4_tpu.evals.verilog.scan import blank, defined_modules, without_modules
 from gemma4_tpu.evals.verilog.unfenced import unfenced_code
 
 _FENCE = re.compile(r"(?P<mark>`{3,}|(?<![^\n])[ \t>]*~{3,})(?P<rest>[^\n]*)")
@@ -75,11 +75,14 @@ def extract(completion: str, top: str) -> str | None:
     if answer is None:
         return None
     pieces = [(before, code) for before, code in _fences(answer) if _defined(code) or _helpers(code)]
-    if not any(defined_modules(code) for _, code in pieces):
-        pieces = unfenced_code(answer)
-    candidates = [piece for piece in pieces if top in defined_modules(piece[1])] or [
-        piece for piece in pieces if defined_modules(piece[1])
-    ]
+    if not any(top in defined_modules(code) for _, code in pieces):
+        unfenced = unfenced_code(answer)
+        pieces = unfenced if any(top in defined_modules(code) for _, code in unfenced) else pieces or unfenced
+    candidates = (
+        [piece for piece in pieces if top in defined_modules(piece[1])]
+        or [piece for piece in pieces if defined_modules(piece[1])]
+        or [piece for piece in pieces if _MODULE_BEGINS.search(blank(piece[1])[0])]  # named by a macro
+    )
     if not candidates:
         return None
     whole = [piece for piece in candidates if _is_whole(piece[1])]
@@ -170,8 +173,11 @@ def _is_skeleton(code: str, top: str) -> bool:
 
 
 def _without_prose(code: str) -> str:
-    """`code` without text after its last `endmodule` that can't be part of a source file."""
+    """`code` without text before or after its modules that can't be part of a source file."""
     bare, trouble = blank(code)
+    if not (trouble or _FILE_ITEM.match(bare.lstrip())):
+        code = "\n".join(part for _, part in unfenced_code(code)) or code
+        bare, trouble = blank(code)
     end = _LAST_END.match(bare)
     behind = bare[end.end() :].lstrip() if end else ""
     if end is None or trouble or not behind or _FILE_ITEM.match(behind):
@@ -204,6 +210,7 @@ def _with_what_it_uses(chosen: str, pieces: list[str]) -> str:
     words = set(re.findall(r"\w+", blank(chosen)[0]))
     defined = _defined(chosen) | _names_of_helpers(chosen)
     for piece in reversed(pieces):
+        piece = without_modules(piece, defined & {*defined_modules(piece)})
         own = _defined(piece) | _helpers(piece)
         if own & words and not own & defined:
             parts.insert(0, piece)

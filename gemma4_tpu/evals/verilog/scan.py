@@ -161,20 +161,8 @@ def reachable(code: str, top: str) -> str:
 
     Text outside modules stays. Unbalanced modules stay as they are, for the compiler to report.
     """
-    bare = blank(code)[0]
-    spans: dict[str, tuple[int, int]] = {}
-    opened: re.Match[str] | None = None
-    for match in _MODULE_OR_PROGRAM.finditer(bare):
-        if match[1]:
-            if opened or match[1] in spans:
-                return code
-            opened = match
-        elif opened is None:
-            return code
-        else:
-            spans[opened[1]] = (opened.start(), match.end())
-            opened = None
-    if opened or top not in spans:
+    bare, spans = blank(code)[0], _spans(code)
+    if top not in spans:
         return code
     kept, todo = {top}, [top]
     while todo:
@@ -182,7 +170,29 @@ def reachable(code: str, top: str) -> str:
         found = {name for name in _WORD.findall(bare[start:end]) if name in spans} - kept
         kept |= found
         todo += found
-    for name, (start, end) in sorted(spans.items(), key=lambda item: -item[1][0]):
-        if name not in kept:
+    return without_modules(code, {*spans} - kept)
+
+
+def without_modules(code: str, names: set[str]) -> str:
+    """`code` without these modules, if they are balanced; lines keep their numbers."""
+    for name, (start, end) in sorted(_spans(code).items(), key=lambda item: -item[1][0]):
+        if name in names:
             code = code[:start] + "\n" * code.count("\n", start, end) + code[end:]
     return code
+
+
+def _spans(code: str) -> dict[str, tuple[int, int]]:
+    """Module or program → (start, end); empty if they are unbalanced or share names."""
+    spans: dict[str, tuple[int, int]] = {}
+    opened: re.Match[str] | None = None
+    for match in _MODULE_OR_PROGRAM.finditer(blank(code)[0]):
+        if match[1]:
+            if opened or match[1] in spans:
+                return {}
+            opened = match
+        elif opened is None:
+            return {}
+        else:
+            spans[opened[1]] = (opened.start(), match.end())
+            opened = None
+    return {} if opened else spans

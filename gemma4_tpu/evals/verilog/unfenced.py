@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
-_NAME = r"(?:automatic\s+|static\s+)?\\?[A-Za-z_][\w$]*\s*"
+_SPACE = r"(?:\s|//[^\n]{0,400}+$|/\*(?:[^*]|\*(?!/)){0,400}+\*/)"
+_NAME = rf"(?:automatic{_SPACE}++|static{_SPACE}++)?\\?[A-Za-z_][\w$]*+{_SPACE}*+"
 _BEGIN = (
-    rf"(?P<begin>\b(?:macro)?module\s+{_NAME}(?:[(#;]|import\b)"
+    rf"(?P<begin>\b(?:macro)?module{_SPACE}++{_NAME}(?:[(#;]|import\b)"
     r"|^[ \t]*(?:package\s+\w+\s*;|(?:interface|program)\s+\w+\s*[(#;]|primitive\s+\w+\s*\())"
 )
 _UNIT = re.compile(_BEGIN, re.MULTILINE)

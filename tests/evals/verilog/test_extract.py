@@ -182,6 +182,7 @@ def test_comments_and_strings_are_no_constructs():
 LINE = "module TopModule(input a, output y); assign y = a; endmodule"
 TICKED = TOP.replace("  assign", "  // as in ```verilog fences``` of Markdown\n  assign")
 PASTED = "`define SUFFIX q\n`define NAME(a) a```SUFFIX\n" + TOP
+NAMED = "`define NAME TopModule\n" + TOP.replace("TopModule", "`NAME")
 COMPARED = TOP.replace("= a", "= (a\n> 1'b0)")
 
 
@@ -276,6 +277,41 @@ def test_a_helper_that_the_module_repeats_is_not_added():
 )
 def test_without_fences_the_last_stretch_of_code_with_the_module_counts(completion):
     assert extract(completion, "TopModule") == TOP
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        TOP.replace("TopModule ", "TopModule // the top\n"),
+        TOP.replace("module TopModule ", "(* keep *)\nmodule /* the */ TopModule /* top */ "),
+        TOP.replace("  assign", "  // endmodule?\n  /* endmodule\n  module x( */\n  assign"),
+        TOP.replace("endmodule", '  initial $display("endmodule /* module x(");\nendmodule'),
+        f"`ifndef TOP\n`define TOP\n{TOP}\n`endif // TOP",
+        f"/* module TopModule (x); */\n{TOP} : TopModule",
+    ],
+)
+def test_comments_strings_and_directives_belong_to_the_code_without_a_fence_too(code):
+    for completion in (code, f"It's this:\n\n{code}\n\nThe `endmodule` ends the module (as always).\n"):
+        assert extract(completion, "TopModule") == code
+
+
+@pytest.mark.parametrize(
+    ("completion", "code"),
+    [
+        (f"[BEGIN]\n{TOP}\n[DONE]\nTo use it:\n```\nmodule user;\n  TopModule t ();\nendmodule\n```", TOP),
+        (f"```\nHere it is (a wire):\n{TOP}\n```", TOP),
+        (f"```\n{NAMED}\n```", NAMED),
+    ],
+)
+def test_the_module_is_looked_for_wherever_it_may_be(completion, code):
+    assert extract(completion, "TopModule") == code
+
+
+def test_a_final_module_gets_what_it_uses_from_the_fence_of_its_draft():
+    draft, final = DRAFT.replace("assign y = ~a;", "part p (~a, y);"), TOP.replace("assign y = a;", "part p (a, y);")
+    for fence in (f"{PART}\n\n{draft}", f"{draft}\n\n{PART}"):
+        code = extract(f"Draft:\n```\n{fence}\n```\nWithout the inversion:\n```\n{final}\n```", "TopModule")
+        assert code.split() == f"{PART}\n{final}".split()
 
 
 def test_an_escaped_name_of_the_module_is_its_name():
