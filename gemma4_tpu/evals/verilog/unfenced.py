@@ -18,7 +18,7 @@ _STEP = re.compile(
 )
 _KIND = re.compile(r"module|package|interface|program|primitive")
 _ITEMS = re.compile(  # what a source file contains outside of modules
-    r"(?:\s|//[^\n]*+|/\*(?:[^*]|\*(?!/))*+\*/"
+    r"(?:\s|//[^\n]*+|/\*(?:[^*]|\*(?!/)){0,1000}+\*/"
     r"|^[ \t]*`define\b(?:[^\n]*\\\n)*[^\n]*|^[ \t]*`[a-z]\w*[^\n`]*+$|^[ \t]*\(\*(?!\))[^\n]*?\*\)"
     r"|^[ \t]*(?:parameter|localparam)\b[^;=]*=[^;]*;|^[ \t]*import\s+\w+::[^;]*;"
     r"|^[ \t]*time(?:unit|precision)\b[^\n]*;"
