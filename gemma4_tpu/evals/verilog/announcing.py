@@ -10,7 +10,11 @@ from gemma4_tpu.evals.verilog.scan import blank, defined_modules
 
 _STRING = re.compile(r'"((?:\\.|[^"\\\n])*)"')
 _ALL_PASSED = re.compile(r"(?i)\ball\b.{0,40}\bpass(?:ed)?\b|\bdesign passed\b|\btests?(?: cases?)? passed\b")
-RESULT_PATTERN = r".*{marker}.*"
+_DENIAL = r"(?i:\b(?:not|never|cannot|unless|expected|if)\b|n't\b)"
+_DENIED = re.compile(_DENIAL)
+_ASKED = re.compile(r"\s*[?=]\s*%")
+_VALUE = re.compile(r"%[-+]?\d*[A-Za-z]")
+_NOT_DENIED = rf"(?!.*{_DENIAL}.*{{marker}})"
 FAILURE_PATTERN = r"(?i)\b(?:fail(?:ed|ures?)?|errors?|mismatch(?:es)?)\b"
 
 
@@ -31,11 +35,14 @@ def announcing_problem(
     Raises:
       UserError: the bench has no module, or announces nothing.
     """
-    announced = [text for text in _STRING.findall(testbench) if _ALL_PASSED.search(text)]
+    announced = [found for text in _STRING.findall(testbench) if (found := _announcement(text))]
     if not announced:
-        raise UserError(f'{where}: its test bench announces no pass; print one, such as "All tests passed"')
-    matched = _ALL_PASSED.search(announced[-1])
-    assert matched is not None
+        raise UserError(
+            f"{where}: its test bench announces no pass (a count of passed tests is none); print one, such as"
+            ' "All tests passed"'
+        )
+    *before, marker = _VALUE.split(announced[-1])
+    between = "".join(f"{re.escape(words)}.*?" for words in before)
     return Problem(
         name=name,
         prompt=prompt,
@@ -45,12 +52,21 @@ def announcing_problem(
         reference_top=top if reference else "",
         bench_top=_root(testbench, where),
         bench_needs_reference=False,
-        result_marker=matched[0],
-        result_pattern=RESULT_PATTERN,
+        result_marker=marker.strip(),
+        result_pattern=f"{_NOT_DENIED}.*{between}{{marker}}.*",
         failure_pattern=FAILURE_PATTERN,
         official_rule=official_rule,
         header=header,
     )
+
+
+def _announcement(text: str) -> str | None:
+    """The words in a bench's string that say that everything passed, if it is not a denial, a question or a count."""
+    found = _ALL_PASSED.search(text)
+    if found is None or _DENIED.search(text[: found.end()]) or _ASKED.match(text, found.end()):
+        return None
+    counts = "%" in text and not re.search(r"(?i)\ball\b", found[0])
+    return None if counts else found[0]
 
 
 def official_rule(log: str) -> bool:

@@ -6,9 +6,10 @@ from gemma4_tpu.evals.problems import VerdictClass
 from gemma4_tpu.evals.verilog import scan
 from gemma4_tpu.evals.verilog.stage import PROGRAM
 from gemma4_tpu.evals.verilog.verdict import Findings, Golden, Refused, Trial
-from gemma4_tpu.evals.verilog.work_folder import write
+from gemma4_tpu.evals.verilog.work_folder import read, write
 
 DESIGN, BENCH, REFERENCE = "design.sv", "bench.sv", "reference.sv"
+SEVERAL_DRIVERS = " .resolv "  # in a compiled program
 WAVES = "wave.vcd"  # the only file that a benchmark's bench may write
 
 
@@ -17,14 +18,16 @@ def passes_officially(trial: Trial, outcome: Findings, golden: Golden) -> bool:
 
     If that simulation is known to give the same result, the existing log is judged instead: the bench builds unchanged,
     and the design ran to its count, was compiled as a whole, and has no macros that could change the bench, no delays
-    whose unit depends on the order of files, and no module that the bench has too.
+    whose unit depends on the order of files, no net with several drivers (a bench's variable can't be connected to
+    one), and no module that the bench has too.
     """
     problem = trial.problem
     if outcome.kind is VerdictClass.TIMEOUT:
         return False
     bench_modules = {*scan.defined_modules(problem.testbench), *scan.defined_modules(problem.reference)}
     alike = not (trial.pruned or {*"`#"} & {*trial.code} or bench_modules & {*scan.defined_modules(trial.code)})
-    if alike and golden.builds_unchanged and outcome.kind in (VerdictClass.PASS, VerdictClass.MISMATCH):
+    counted = outcome.kind in (VerdictClass.PASS, VerdictClass.MISMATCH)
+    if alike and counted and golden.builds_unchanged and SEVERAL_DRIVERS not in read(trial.folder / PROGRAM):
         return problem.official_rule(outcome.log)
     try:
         log, builds = _build(trial)

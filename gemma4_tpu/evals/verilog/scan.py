@@ -11,7 +11,7 @@ import re
 # they end, seed, print or describe it.
 _SYSTEM_TASKS = """
     $display $displayb $displayh $displayo $write $writeb $writeh $writeo $strobe $strobeb $strobeh $strobeo
-    $monitor $monitorb $monitorh $monitoro $monitoron $monitoroff $error $warning $info $fatal $finish $stop
+    $monitor $monitorb $monitorh $monitoro $monitoron $monitoroff $fflush $error $warning $info $fatal $finish $stop
     $dumpfile $dumpvars $dumpon $dumpoff $dumpall $dumpflush $dumplimit $timeformat $printtimescale
     $random $urandom $urandom_range $test$plusargs $value$plusargs
     $signed $unsigned $cast $clog2 $bits $size $left $right $low $high $increment $dimensions $unpacked_dimensions
@@ -24,6 +24,8 @@ _SYSTEM_TASKS = """
 _PASSED_ON = """
     timescale default_nettype line celldefine endcelldefine resetall unconnected_drive nounconnected_drive
     begin_keywords end_keywords
+    delay_mode_distributed delay_mode_path delay_mode_unit delay_mode_zero default_decay_time default_trireg_strength
+    suppress_faults nosuppress_faults enable_portfaults disable_portfaults protect endprotect uselib
 """
 SYSTEM_TASKS, DIRECTIVES = frozenset(_SYSTEM_TASKS.split()), frozenset(_PASSED_ON.split())
 
@@ -35,6 +37,8 @@ _NOT_CODE = re.compile(
 _UNREADABLE = re.compile(r"[^\n\t -~]")  # outside comments and strings
 _UNREADABLE_IN_STRING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 _PLAIN_ESCAPED = re.compile(r"[\w$]+", re.ASCII)
+_INCLUDE = re.compile(r"(?<!`)(?:``)*(`)include\b")
+_NOT_INCLUDED = "$include"  # no directive, but refused like one if it is still there after the preprocessor
 _READ_OTHERWISE = re.compile(r"[\"`]|//|/\*|[^!-~]")  # by a preprocessor, which does not support escaped names
 # A `$` within a name is part of it. `#1$finish` is a delay and a task, `4'h A$finish` a number and a task.
 _TOKEN = re.compile(
@@ -43,7 +47,9 @@ _TOKEN = re.compile(
     re.ASCII,
 )
 _STATEMENTS = frozenset({"force", "release", "alias", "bind"})
-_MODULE = re.compile(r"\b(?:macromodule|module)\s+(?:automatic\s+|static\s+)?([A-Za-z_][\w$]*)|\bendmodule\b", re.ASCII)
+_NAME = r"(?:automatic\s+|static\s+)?\\?([A-Za-z_][\w$]*)"
+_MODULE = re.compile(rf"\b(?:macromodule|module)\s+{_NAME}|\bendmodule\b", re.ASCII)
+_MODULE_OR_PROGRAM = re.compile(rf"\b(?:macromodule|module|program)\s+{_NAME}|\bend(?:module|program)\b", re.ASCII)
 _ARGUMENTS_OR_END = re.compile(r"\s*[(;]")
 _WORD = re.compile(r"[A-Za-z_][\w$]*", re.ASCII)
 
@@ -60,15 +66,19 @@ def blank(code: str) -> tuple[str, str | None]:
 def canonical(code: str) -> tuple[str, str | None]:
     """(text to scan and compile, what makes it ambiguous).
 
-    Lines end in a line feed, comments become spaces, and everything outside strings is printable ASCII.
+    Lines end in a line feed, comments become spaces, and everything outside strings is printable ASCII. Nothing is
+    included: what remains of an `include` is refused by `forbidden`, unless it is conditional or in an unused module.
     """
-    text, trouble = _without_comments(code.replace("\r\n", "\n").replace("\r", "\n"), keep_strings=True)
+    lines = code.replace("\r\n", "\n").replace("\r", "\n").replace("\f", " ")
+    text, trouble = _without_comments(lines, keep_strings=True)
     bare, _ = blank(text)
     if trouble is None and (found := _UNREADABLE.search(bare)):
         trouble = f"the character U+{ord(found[0]):04X} outside comments and strings"
-    if trouble is None and re.search(r"`include\b", bare):
-        trouble = "directive `include"
-    return text, trouble
+    kept, at = [], 0
+    for found in _INCLUDE.finditer(bare):
+        kept += [text[at : found.start(1)], "$"]
+        at = found.end(1)
+    return "".join([*kept, text[at:]]), trouble
 
 
 def _without_comments(code: str, *, keep_strings: bool) -> tuple[str, str | None]:
@@ -130,6 +140,8 @@ def forbidden(expanded: str) -> str | None:
 
 
 def _refused(token: re.Match[str]) -> str | None:
+    if token["system"] == _NOT_INCLUDED:
+        return "directive `include"
     if token["system"] and token["system"] not in SYSTEM_TASKS:
         return f"system task {token['system']}"
     if token["word"] in _STATEMENTS:
@@ -145,24 +157,12 @@ def defined_modules(code: str) -> list[str]:
 
 
 def reachable(code: str, top: str) -> str:
-    """`code` without the modules that `top` does not use: an answer's own test bench is not part of the design.
+    """`code` without modules and programs that `top` does not use: an answer's own test bench is not of the design.
 
     Text outside modules stays. Unbalanced modules stay as they are, for the compiler to report.
     """
-    bare = blank(code)[0]
-    spans: dict[str, tuple[int, int]] = {}
-    opened: re.Match[str] | None = None
-    for match in _MODULE.finditer(bare):
-        if match[1]:
-            if opened or match[1] in spans:
-                return code
-            opened = match
-        elif opened is None:
-            return code
-        else:
-            spans[opened[1]] = (opened.start(), match.end())
-            opened = None
-    if opened or top not in spans:
+    bare, spans = blank(code)[0], _spans(code)
+    if top not in spans:
         return code
     kept, todo = {top}, [top]
     while todo:
@@ -170,7 +170,29 @@ def reachable(code: str, top: str) -> str:
         found = {name for name in _WORD.findall(bare[start:end]) if name in spans} - kept
         kept |= found
         todo += found
-    for name, (start, end) in sorted(spans.items(), key=lambda item: -item[1][0]):
-        if name not in kept:
+    return without_modules(code, {*spans} - kept)
+
+
+def without_modules(code: str, names: set[str]) -> str:
+    """`code` without these modules, if they are balanced; lines keep their numbers."""
+    for name, (start, end) in sorted(_spans(code).items(), key=lambda item: -item[1][0]):
+        if name in names:
             code = code[:start] + "\n" * code.count("\n", start, end) + code[end:]
     return code
+
+
+def _spans(code: str) -> dict[str, tuple[int, int]]:
+    """Module or program → (start, end); empty if they are unbalanced or share names."""
+    spans: dict[str, tuple[int, int]] = {}
+    opened: re.Match[str] | None = None
+    for match in _MODULE_OR_PROGRAM.finditer(blank(code)[0]):
+        if match[1]:
+            if opened or match[1] in spans:
+                return {}
+            opened = match
+        elif opened is None:
+            return {}
+        else:
+            spans[opened[1]] = (opened.start(), match.end())
+            opened = None
+    return {} if opened else spans

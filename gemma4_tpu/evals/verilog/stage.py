@@ -27,7 +27,7 @@ PATIENCE, PATIENCE_TICKS = 10, 10_000
 UNKNOWN_TICKS = 10**8
 """The same if there is no reference."""
 
-_ELABORATION = ("during elaboration", "Elaboration failed", "root module")
+_ELABORATION = ("during elaboration", "Elaboration failed", "Code generation had", "root module")
 _PARAMETERS = r"(#\s*\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)\s*)?"
 _SCOPE = re.compile(r'^S_\w+ \.scope \w+, "([^"]+)" "([^"]+)" .*?(?=^S_|\Z)', re.MULTILINE | re.DOTALL)
 _PORT = re.compile(r'\.port_info \d+ /(\w+) (\d+) "([^"]+)"')
@@ -219,9 +219,10 @@ def _private(reference: str, old: str, new: str) -> str:
 
 
 def build_failure(done: Finished) -> VerdictClass:
-    """Syntax or elaboration: the compiler names the latter if it fails there."""
+    """Syntax or elaboration: the compiler names the latter if it fails there, unless it crashes."""
     text = done.stdout + done.stderr
-    return VerdictClass.ELABORATION if any(words in text for words in _ELABORATION) else VerdictClass.SYNTAX
+    crashed = not 0 <= done.returncode <= 128 and "syntax error" not in text
+    return VerdictClass.ELABORATION if crashed or any(said in text for said in _ELABORATION) else VerdictClass.SYNTAX
 
 
 def _write(folder: Path, files: Mapping[str, str]) -> None:

@@ -51,6 +51,7 @@ ROUNDS = 200  # of a bench that waits for its design
 CPU_FACTOR = 10
 """A compilation or simulation gets this multiple of the time for judging the reference, but at least a second."""
 DETAIL_CHARACTERS = 200
+_ERROR = re.compile(r"\b(?:error|sorry)\b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +186,7 @@ class Trial:
         if f"\n{stand_ins.CAPPED}\n" in f"\n{seen}":
             raise Refused(VerdictClass.NO_RESULT, "replay", "the bench does not end with this design", log)
         if bench.returncode:
-            raise Refused(VerdictClass.NO_RESULT, "replay", f"exit code {bench.returncode}: {_complaint(bench)}", log)
+            raise Refused(VerdictClass.NO_RESULT, "replay", _ending(bench), log)
         result = stage.result(self.problem, bench.stdout)
         if isinstance(result, str):
             failed = self.problem.failure_pattern and re.search(self.problem.failure_pattern, bench.stdout)
@@ -223,7 +224,7 @@ class Trial:
         A design could write anything to it, but that would still be no more than a claim about its outputs.
         """
         if self._checked(done, "run").returncode:
-            raise Refused(VerdictClass.RUNTIME, "run", f"exit code {done.returncode}: {_complaint(done)}")
+            raise Refused(VerdictClass.RUNTIME, "run", _ending(done))
         line = rf"[0-9a-f]{{1,8}} [0-9a-f]{{1,16}} [01] [01xz]{{{stage.response_bits}}}\n"
         lines = re.match(rf"(?:{line})*+", text)
         assert lines is not None  # it matches the empty text
@@ -299,7 +300,13 @@ def reference_as_answer(problem: Problem) -> str:
 
 
 def _complaint(done: Finished) -> str:
-    """The first line of a tool's complaints, after its warnings."""
+    """The first error that a tool names, or else the first line that is no warning."""
     lines = [line.strip() for line in (done.stderr + done.stdout).split("\n") if line.strip()]
     graver = [line for line in lines if "warning:" not in line]
-    return (graver or lines or [f"exit code {done.returncode} and no output"])[0]
+    errors = [line for line in graver if _ERROR.search(line)]
+    return (errors or graver or lines or [f"exit code {done.returncode} and no output"])[0]
+
+
+def _ending(done: Finished) -> str:
+    said = _complaint(done)
+    return said if said.startswith("exit code") else f"exit code {done.returncode}: {said}"

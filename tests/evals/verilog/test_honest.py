@@ -119,6 +119,20 @@ HONEST = {
     "final_words": fenced(f"{PLAIN} // TopModule"),
     "windows_lines": fenced(PLAIN).replace("\n", "\r\n"),
     "other_alphabets": fenced(f"// сложение, 加法, 𝛴\n{PLAIN}"),
+    "escaped_name_of_the_module": fenced(PLAIN.replace("TopModule ", "\\TopModule ")),
+    "form_feeds": fenced(PLAIN.replace("\n", "\n\f")),
+    "include_for_a_formal_tool": fenced(f'`ifdef FORMAL\n`include "props.svh"\n`endif\n{PLAIN}'),
+    "include_in_its_own_bench": fenced(PLAIN + OWN_BENCH.replace("module tb;", 'module tb;\n`include "tasks.vh"')),
+    "program_as_its_own_bench": fenced(
+        f'{PLAIN}\nprogram test; reg m [0:3]; initial $readmemh("m.hex", m); endprogram'
+    ),
+    "directives_that_icarus_ignores": fenced(
+        f"`suppress_faults\n`delay_mode_zero\n`default_decay_time 10\n`protect\n{PLAIN}\n`endprotect"
+    ),
+    "fence_in_a_comment": fenced(PLAIN.replace("  assign", "  // ```verilog``` is the language\n  assign")),
+    "package_in_another_fence": fenced("package adding;\n  localparam W = 4;\nendpackage")
+    + fenced(PLAIN.replace("[3:0]", "[adding::W-1:0]")),
+    "two_drivers_that_agree": fenced(PLAIN.replace("endmodule", "  assign y = b + a;\nendmodule")),
     "draft_before": fenced(WRONG) + "That subtracts. Corrected:\n" + fenced(PLAIN),
     "draft_in_thoughts": f"<|channel>thought\n{fenced(WRONG)}<channel|>{fenced(PLAIN)}",
     "no_fence": f"The module adds:\n\n{PLAIN}\n\nThat is all.",
@@ -147,6 +161,7 @@ def test_the_benchmarks_own_rule_refuses_some_of_them(verdicts):
     """The strict verdict is not only stricter."""
     refused = {name for name, verdict in verdicts.items() if not verdict.official}
     assert {"modules_named_as_in_the_bench", "own_bench_behind"} <= refused
+    assert "two_drivers_that_agree" in refused  # the bench connects variables, which can't have two drivers
 
 
 @pytest.mark.parametrize(
@@ -174,6 +189,16 @@ def test_the_benchmarks_own_rule_refuses_some_of_them(verdicts):
             "endless",
             fenced(f"{HEAD} reg r = 0; assign y = a + b; initial forever #0 r = ~r; endmodule"),
             VerdictClass.TIMEOUT,
+        ),
+        (
+            "endless_without_a_delay",
+            fenced(f"{HEAD} assign y = a + b; always begin end endmodule"),
+            VerdictClass.ELABORATION,
+        ),
+        (
+            "too_large",
+            fenced(f"{HEAD} assign y = a + b; wire [3:0] w = {{2000000000{{1'b1}}}}; endmodule"),
+            VerdictClass.ELABORATION,
         ),
         ("flood", fenced(f'{HEAD} initial forever $display("flood"); endmodule'), VerdictClass.RUNTIME),
         ("no_code", "I'm sorry, I can't do that.", VerdictClass.NO_RESULT),

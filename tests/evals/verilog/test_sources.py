@@ -57,6 +57,7 @@ def test_resbench_shows_the_header_and_not_the_solution_in_it(resbench):
         ("text", "problem 1: module, Problem, Module header, Testbench missing"),
         ({**ROW, "Testbench": None}, "problem 1: Testbench missing"),
         ({**ROW, "Testbench": "module t; endmodule"}, "announces no pass"),
+        ({**ROW, "Testbench": '$display("%0d of 4 tests passed", 4 - errors);'}, "a count of passed tests is none"),
         ({**ROW, "Testbench": '$display("All tests passed");'}, "has no module"),
     ],
 )
@@ -83,6 +84,29 @@ def test_a_benchmark_without_references_is_judged(judge, resbench, tmp_path):
     assert not judge.judge(problem, fenced(forged)).passed
     strength = grade([problem], judge, {}, judge.config)[problem.name]
     assert strength.ungraded == "the reference is missing"
+
+
+ANNOUNCED = 'if (errors == 0) $display("All tests passed");\n    else $display("Some tests failed");'
+
+
+@needs_iverilog
+@pytest.mark.parametrize(
+    "announced",
+    [
+        'if (errors == 0) $display("All tests passed!"); else $display("Not all tests passed");',
+        'if (errors != 0) $display("Not all tests passed"); else $display("All tests passed!");',
+        'if (errors == 0) $display("All tests passed"); else $display("I expected: All tests passed");',
+        'if (errors == 0) $display("ALL TESTS PASSED"); $display("Tests passed: %0d of 4", 4 - errors);',
+        '$display("All tests passed? %0d", errors == 0); if (errors == 0) $display("all %0d OK: test passed", i);',
+        '$display("%0d tests passed", 4 - errors); if (errors == 0) $display("All %0d tests passed", i);',
+        '$display("Result: %s", errors ? "some tests failed" : "all tests passed");',
+    ],
+)
+def test_a_denial_or_a_count_announces_no_pass(announced, judge, resbench):
+    (problem,) = ResBench().load(resbench({**ROW, "Testbench": BENCH.replace(ANNOUNCED, announced)}))
+    judge.prepare([problem])
+    assert judge.judge(problem, fenced(RIGHT)).passed
+    assert not judge.judge(problem, fenced(WRONG)).passed
 
 
 CLOCKED = BENCH.replace("`timescale 1ns/1ps\n", "")
