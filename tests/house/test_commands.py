@@ -27,6 +27,7 @@ from gemma4_tpu.launch import tpu_vm
 from gemma4_tpu.launch.gke import GKE
 from gemma4_tpu.launch.tpu_vm import TPU_VM
 from gemma4_tpu.report import spelt_out
+from gemma4_tpu.tracking.result import Result
 from tests.house.commands import shown_commands
 from tests.house.scripts import ROOT
 from tests.ports import free_port
@@ -48,6 +49,12 @@ def reader(tmp_path_factory):
     for run in ("outputs/train/run", "multirun/smoke/sweep/lora.rank-8"):
         (here / run / "checkpoints").mkdir(parents=True)
         shutil.copy(smoke / "config.yaml", here / run)
+    on_a_slice = here / "outputs/train/on_a_slice"
+    on_a_slice.mkdir()
+    (on_a_slice / "config.yaml").write_text("hardware: {name: v5p-8}")
+    Result(status="finished", measured_over_predicted_low=1.1, measured_over_predicted_high=1.3).write(
+        on_a_slice / "result.json"
+    )
     merged = here / "outputs/train/run/merged"
     merged.mkdir()
     (merged / "config.json").write_text(json.dumps(to_hf_config(ARCHITECTURES["gemma4_31b"])))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.verilog_smoke.design import Design, Port
+from experiments.verilog_smoke.design import Design, DesignPort
 from experiments.verilog_smoke.testbench import make_testbench
 from gemma4_tpu.evals.problems import VerdictClass
 from gemma4_tpu.evals.verilog.smoke import REFERENCE_TOP
@@ -13,7 +13,7 @@ pytestmark = needs_iverilog
 
 ADDER = Design(
     family="adder",
-    ports=(Port(name="a", width=4), Port(name="b", width=4), Port(name="y", width=5, output=True)),
+    ports=(DesignPort(name="a", width=4), DesignPort(name="b", width=4), DesignPort(name="y", width=5, output=True)),
     behaviours=("",),
     summary="",
     body=("assign y = a + b;",),
