@@ -76,7 +76,7 @@ RECIPES = (
         "v5p8",
         {
             f"tp {tp}, {microbatches} microbatches": (
-                "mesh=auto", "mesh.dp=1", f"mesh.tp={tp}", "trainer.global_batch_sequences=4",
+                "mesh=auto", f"mesh.tp={tp}", "trainer.global_batch_sequences=4",
                 f"trainer.microbatches={microbatches}", "trainer.max_updates=20", "trainer.epochs=null",
                 "optimizer.warmup_updates=0",
             )

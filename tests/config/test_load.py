@@ -93,7 +93,7 @@ def test_the_promised_options_are_there():
     }  # fmt: skip
     tpus = {f"{generation}{size}" for generation, each in sizes.items() for size in each}
     assert set(GROUPS["hardware"]) == {"local", "h100x2", "h200", *tpus}
-    assert set(GROUPS["mesh"]) == {"auto", "dp", "fsdp", "tp"}
+    assert set(GROUPS["mesh"]) == {"auto", "dp", "fsdp", "tp", "tp2"}
     assert set(GROUPS["model"]) == {*BIG, "tiny", "tiny_moe", "tiny_e2b"}
     assert set(GROUPS["lora"]) == {"default", "qlora_nf4", "qlora_int8", "none"}
     assert set(GROUPS["data"]) == {"verilog_smoke", "chat_jsonl", "codev_r1"}
