@@ -120,12 +120,7 @@ class ChatFormat:
         self._channel_end = vocabulary.get(markup.CHANNEL_END, -1)
         self._bos_added = False
         self._check_generation_prompt()
-        if self._bos_added:
-            logger.warning(
-                "the chat template writes no BOS token: examples begin with one, but servers that send the template's "
-                "text unchanged (vLLM's chat endpoint) do not; put {{ bos_token }} at the start of the template"
-            )
-        for difference in differences_of_servers(tokenizer, self._keep_thoughts):
+        for difference in differences_of_servers(tokenizer, self._keep_thoughts, self._bos_added):
             logger.warning("%s", difference)
         header = self.encode([markup.MODEL_HEADER])[0][1:]
         words = {role: self._find_words(role) for role in ("system", "user")}

@@ -8,15 +8,21 @@ from gemma4_tpu.data.drops import RowDropped
 from gemma4_tpu.data.tokenizer import apply_template
 
 
-def differences_of_servers(tokenizer: Any, thinking: bool) -> list[str]:
+def differences_of_servers(tokenizer: Any, thinking: bool, bos_added: bool) -> list[str]:
     """Warnings about prompts that differ from those that are trained on.
 
     Args:
       tokenizer: holds the template.
       thinking: the run tells the template that thinking is on, which every server must be told; otherwise it tells it
         that thinking is off, which servers leave out.
+      bos_added: examples begin with a BOS token that the template does not write.
     """
     found = []
+    if bos_added:
+        found.append(
+            "the chat template writes no BOS token: examples begin with one, but servers that send the template's text "
+            "unchanged (vLLM's chat endpoint) do not; put {{ bos_token }} at the start of the template"
+        )
     if not thinking and _question(tokenizer) != _question(tokenizer, enable_thinking=False):
         found.append(
             "the chat template's prompt differs without enable_thinking=false, with which this run trains: send "
