@@ -15,7 +15,7 @@ from gemma4_tpu.costing import load_tests, quoted
 from gemma4_tpu.costing.ceiling import ModelDemand
 from gemma4_tpu.costing.figures import ENDPOINT, ESTIMATED, MEASURED, Evaluation, Figures, Training
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.hardware import LOCAL
+from gemma4_tpu.hardware import LOCAL, MeshSizes
 from gemma4_tpu.planning.money import CONFIGURED
 from gemma4_tpu.prices import ON_DEMAND, kind_of
 from gemma4_tpu.tracking.records import (
@@ -142,7 +142,7 @@ def _plan(plan: dict[str, Any], path: Path) -> Figures:
     rank = plan["lora_rank"]
     lora = _lora(config_of(path)) if (path / CONFIG).is_file() else LoraConfig()
     made = Training(
-        name=f"{plan['model']}, {plan['trained']}, {plan['slice']}",
+        name=f"{plan['model']}, {plan['trained']}, {plan['slice']}, {MeshSizes.recorded(plan['mesh'])}",
         label=ESTIMATED,
         source=f"{path} ({said})",
         slice=plan["slice"],

@@ -180,9 +180,10 @@ def test_given_prices_come_before_configured_ones_before_the_tables(run):
 
 def test_a_plan_is_estimated_and_a_folder_of_plans_stands_for_its_plans():
     figures = read([str(EXPERIMENTS / "plans" / "results")])
-    (plan,) = [t for t in figures.trainings if t.name == "gemma4_31b, lora r=64, v5p-8"]
+    (plan,) = [t for t in figures.trainings if t.name == "gemma4_31b, lora r=64, v5p-8, fsdp=1 tp=4"]
     known = json.loads((EXPERIMENTS / "plans/results/gemma4_31b_v5p8_lora_fsdp1_tp4.json").read_text())
     found = cents(Figures(trainings=[plan]), f"training/{plan.name}/")
+    assert len({t.name for t in figures.trainings}) == len(figures.trainings)  # several meshes of a slice
     assert plan.label == ESTIMATED
     assert found["usd"] == round(known["usd_estimate"]["on_demand"]["mid"], 2)
     assert found["usd_per_million_real_tokens"] == round(known["usd_per_million_real_tokens"], 2)
