@@ -25,23 +25,23 @@ PADDED_TOKENS = 917
 
 @dataclass(frozen=True)
 class StepTarget:
-    """Milliseconds that a cell's step is to take."""
+    """Milliseconds that a cell's step is to take for each row of an update."""
 
     model: str
     machine: str
     milliseconds: float
-    per_row: bool
-    """Of an update, over its rows."""
 
 
 TARGETS = (
-    StepTarget("gemma4_31b", "v5p-8", 500, per_row=True),
-    StepTarget("gemma4_31b", "v6e-4", 370, per_row=True),
-    StepTarget("gemma4_e4b", "v6e-1", 300, per_row=True),
-    StepTarget("gemma4_26b_a4b", "v5p-8", 250, per_row=False),
+    StepTarget("gemma4_31b", "v5p-8", 500),
+    StepTarget("gemma4_31b", "v6e-4", 370),
+    StepTarget("gemma4_e4b", "v6e-1", 300),
+    StepTarget("gemma4_26b_a4b", "v5p-8", 125),  # asked for as 250 for an update of two rows
 )
 TFLOP_PER_TOKEN = 0.0338
 """Target of 31B on a v5p-8: computed for a real token, per chip."""
+SHARES = (("gemma4_26b_a4b", "v5p-8", 0.35), ("gemma4_26b_a4b", "v6e-8", 0.35))
+"""Target: of the chips' peak FLOP/s, by the FLOPs of an update."""
 TIMES_FASTER = 6
 """Target: than the published recipe, per real token; the median of the cells for which both are there."""
 
@@ -59,7 +59,7 @@ def scheduled() -> dict[tuple[str, str], dict[str, Any]]:
 
 def milliseconds(target: StepTarget, plan: dict[str, Any]) -> float:
     """What the target counts."""
-    return 1e3 * plan["step_seconds"] / (plan["rows_per_update"] if target.per_row else 1)
+    return 1e3 * plan["step_seconds"] / plan["rows_per_update"]
 
 
 def met(value: float, target: float, *, least: bool = False) -> str:
@@ -73,12 +73,17 @@ def verdicts(plans: dict[tuple[str, str], dict[str, Any]]) -> Iterator[list[str]
     """Lines of the first table."""
     for target in TARGETS:
         plan = plans.get((target.model, target.machine))
-        what = f"{_short(target.model)} on a {target.machine}, ms per {'row' if target.per_row else 'update'}"
+        what = f"{_short(target.model)} on a {target.machine}, ms per row"
         if plan is None:
             yield [what, f"{target.milliseconds:.0f}", "–", "not compiled to the end"]
             continue
         found = milliseconds(target, plan)
         yield [what, f"{target.milliseconds:.0f}", f"{found:.0f}", met(found, target.milliseconds)]
+    for model, machine, share in SHARES:
+        if (plan := plans.get((model, machine))) is not None:
+            what = f"{_short(model)} on a {machine}, share of the peak FLOP/s"
+            reached = plan["utilization"]["schedule_compute"]
+            yield [what, f"{share:.0%}", f"{reached:.0%}", met(reached, share, least=True)]
     if (plan := plans.get(("gemma4_31b", "v5p-8"))) is not None:
         computed = plan["flops_per_real_token_and_chip"] / 1e12
         what = "31b on a v5p-8, TFLOP per real token and chip"

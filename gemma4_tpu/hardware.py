@@ -133,6 +133,13 @@ class MeshSizes(NamedTuple):
         return " ".join(f"{axis}={size}" for axis, size in shown)
 
     @property
+    def less_split(self) -> MeshSizes | None:
+        """Half as many devices share a copy of the weights, and twice as many copies; None if that is not possible."""
+        if self.fsdp % 2 == 0:
+            return self._replace(dp=2 * self.dp, fsdp=self.fsdp // 2)
+        return self._replace(dp=2 * self.dp, tp=self.tp // 2) if self.tp % 2 == 0 else None
+
+    @property
     def product(self) -> str:
         """`1 × 2 × 4`, dp × fsdp × tp; where rows are split `1 × 1 × 4 × cp 2`."""
         sizes = [self.dp, self.fsdp, self.tp, *([f"cp {self.cp}"] if self.cp > 1 else [])]

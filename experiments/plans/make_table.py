@@ -5,7 +5,7 @@
     python experiments/plans/make_table.py --render             # only the table
 
 Each plan is one `python -m gemma4_tpu.plan …` in a process of its own; its plan.json is kept in `results/` and not made
-again while it is there. A cell's row is the best of up to four meshes: the cheapest per million real tokens that fits,
+again while it is there. A cell's row is the best of up to five meshes: the cheapest per million real tokens that fits,
 of those with a schedule where there are such.
 """
 
@@ -38,13 +38,16 @@ SMALL = ("gemma4_12b", "gemma4_e4b", "gemma4_e2b")
 """Those that one chip of 32 GB can hold."""
 MACHINES = ("v5p-8", "v5p-32", "v6e-4", "v6e-8", "v5e-16")
 TRAINED = {"lora": "default", "qlora": "qlora_nf4"}
-COMMON = ("lora.rank=64", "lora.alpha=64", "data.sequence_length=4096", "trainer.remat=auto", "plan.max_attempts=0")
+COMMON = ("lora.rank=64", "lora.alpha=64", "trainer.remat=auto", "plan.max_attempts=0")
+LENGTH, LONGER = 4096, (8192, 16384)
+"""Tokens in a row: of the table, and of the plans with longer rows."""
 FITS, MISFIT = 0, 1
 
 INTRODUCTION = """\
 The table is for LoRA (and QLoRA, nf4) of rank 64 on packed rows of 4096 tokens. Each update has one row per position on
-the axes dp and fsdp; remat is the first policy that fits. Each cell is the cheapest of up to four meshes: weights split
-over all chips, or only far enough to leave four fifths or half of HBM free, and, for 12B, E4B and E2B, also tp = 2.
+the axes dp and fsdp; remat is the first policy that fits. Each cell is the cheapest of its meshes that have been
+planned (of those that were compiled to the end where there are such): weights split over all chips or, with each tp,
+only as far as leaves half of HBM free. Where that is known, whole copies on every chip are fastest.
 
 All figures are *estimated*: memory by the TPU compiler, which compiles the whole training step without a TPU; time from
 the compiler's schedule, times a band of measured over scheduled time (`docs/planning.md`); dollars from the prices in
@@ -59,23 +62,25 @@ PAPER = {"seconds_per_sample": 1.21, "hours": 3.34, "usd": 56.11, "samples": 995
 
 @dataclass(frozen=True)
 class PlanCell:
-    """One plan: a size on a slice with a mesh."""
+    """One plan: a size on a slice with a mesh, and rows of a length."""
 
     size: str
     machine: str
     trained: str
     mesh: MeshSizes
+    length: int = LENGTH
 
     @property
     def path(self) -> Path:
         mesh = str(self.mesh).replace("=", "").replace(" ", "_")
-        return RESULTS / f"{self.size}_{option_name(self.machine)}_{self.trained}_{mesh}.json"
+        name = f"{self.size}_{option_name(self.machine)}_{self.trained}_{mesh}"
+        return RESULTS / f"{name}.json" if self.length == LENGTH else RESULTS / "longer" / f"{name}_{self.length}.json"
 
     @property
     def words(self) -> list[str]:
         return [
             f"hardware={option_name(self.machine)}", f"model={self.size}", f"lora={TRAINED[self.trained]}", *COMMON,
-            *self.mesh.overrides,
+            f"data.sequence_length={self.length}", *self.mesh.overrides,
         ]  # fmt: skip
 
 
@@ -88,18 +93,23 @@ def cells(sizes: list[str], machines: list[str], trained: list[str]) -> Iterator
                     yield PlanCell(size, machine, kind, mesh)
 
 
-def meshes(arch: Architecture, wanted: Slice) -> list[MeshSizes]:
-    """The likeliest ones: weights split over all chips, and as little as leaves four fifths or half of HBM free.
+def longer() -> list[PlanCell]:
+    """31B on a v5p-8, as `experiment=v5p8` trains it, with longer rows."""
+    return [PlanCell("gemma4_31b", "v5p-8", "lora", MeshSizes(2, 1, 2), length) for length in (LENGTH, *LONGER)]
 
-    The largest tp for large models, none for others, and for those tp = 2 with half of HBM free.
+
+def meshes(arch: Architecture, wanted: Slice) -> list[MeshSizes]:
+    """The likeliest ones: weights split over all chips, and for each tp only as far as leaves half of HBM free.
+
+    tp is at most 2 for small models.
     """
-    legal, small = legal_meshes(arch, wanted.devices), arch.name in SMALL
+    legal = legal_meshes(arch, wanted.devices)
     weights_bytes = 2 * sum(math.prod(leaf.array_shape) for leaf in Layout.of(arch).leaves())
-    largest = 1 if small else max(arch.legal_tp(wanted.devices))
+    split = weights_bytes / (wanted.chip.hbm_bytes / 2)
+    largest = 1 if arch.name in SMALL else max(arch.legal_tp(wanted.devices))
     chosen = [mesh for mesh in legal if mesh.tp == largest][:1]
-    for tp, share in [(largest, 1 / 5), (largest, 1 / 2), *([(2, 1 / 2)] if small else [])]:
-        least = weights_bytes / (wanted.chip.hbm_bytes * share)
-        chosen += [mesh for mesh in legal if mesh.tp == tp and mesh.fsdp * mesh.tp >= least][-1:]
+    for tp in (tp for tp in arch.legal_tp(wanted.devices) if tp <= max(2, largest)):
+        chosen += [mesh for mesh in legal if mesh.tp == tp and mesh.fsdp * mesh.tp >= split][-1:]
     return list(dict.fromkeys(chosen))
 
 
@@ -111,7 +121,7 @@ def make(cell: PlanCell) -> str:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode not in (FITS, MISFIT) or not (run_dir / "plan.json").is_file():
             return f"failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}"
-        RESULTS.mkdir(exist_ok=True)
+        cell.path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(run_dir / "plan.json", cell.path.with_suffix(".part"))
         cell.path.with_suffix(".part").replace(cell.path)
     return "fits" if done.returncode == FITS else "does not fit"
@@ -225,9 +235,33 @@ def render() -> str:
             f" ${band(ours['usd_estimate']['on_demand'], '{:.2f}')},"
             f" ${_price(ours)} per million real tokens."
         )
-    lines += ["", "## All cells", "", *_missing(len(plans))]
+    lines += ["", *_longer_rows(), "## All cells", "", *_missing(len(plans))]
     lines += table(HEADS, [row(key, plan) for key, plan in plans.items()])
     return "\n".join(lines) + "\n"
+
+
+def _longer_rows() -> list[str]:
+    """The section about them: none of it while none is planned."""
+    rows = []
+    for cell in longer():
+        if not cell.path.is_file() or not (plan := read_record(cell.path).values).get("step_seconds"):
+            continue
+        parts = [plan["step_parts"][part] for part in ("base_products", "attention", "collectives_exposed")]
+        each = plan["rows_per_update"] * cell.length / LENGTH
+        rows.append([
+            f"{cell.length:,}", MeshSizes.recorded(plan["mesh"]).product, plan["remat"], str(plan["rows_per_update"]),
+            f"{plan['hbm_bytes_per_chip'] / 2**30:.1f}", f"{plan['step_seconds'] * 1e3:,.0f}",
+            *(f"{1e3 * seconds / each:.0f}" for seconds in (plan["step_seconds"], *parts)),
+            band(plan["real_tokens_per_second"]),
+        ])  # fmt: skip
+    if len(rows) < 2:
+        return []
+    heads = (
+        "tokens in a row", "dp × fsdp × tp", "remat", "rows", "GiB per chip", "schedule ms", "per 4,096 tokens",
+        "of it base products", "attention", "collectives exposed", "real tokens/s",
+    )  # fmt: skip
+    told = "31B with LoRA on a v5p-8, the same examples in longer rows:"
+    return ["## Longer rows", "", told, "", *table(heads, rows)]
 
 
 def main() -> None:
@@ -241,6 +275,7 @@ def main() -> None:
     if not given.render:
         machines = [name for name in MACHINES if not given.slice or option_name(name) in given.slice]
         wanted = list(cells(given.size or list(SIZES), machines, given.trained or list(TRAINED)))
+        wanted += [one for one in longer() if one.size in (given.size or SIZES) and one.machine in machines]
         for number, cell in enumerate(wanted, 1):
             if cell.path.is_file():
                 continue

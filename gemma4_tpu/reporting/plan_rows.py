@@ -66,9 +66,29 @@ def plan_rows(result: PlanResult) -> list[tuple[str, str]]:
     rows.append(
         ("Fits", f"yes: {format_bytes(used)} of {format_bytes(limit)} HBM per chip ({1 - used / limit:.0%} free)")
     )
+    rows += _room(mesh, result)
     parts = result.hbm_parts_bytes_per_chip.items()  # plans of earlier versions may use other names
     rows += [(f"  {MEMORY_PARTS.get(kind, kind)}", format_bytes(size)) for kind, size in parts]
     return [*rows, *_work(result), *schedule_rows(result), *_rollouts(result), *cost_rows(result)]
+
+
+def _room(mesh: MeshSizes, result: PlanResult) -> list[tuple[str, str]]:
+    """The mesh with the fewest chips to a copy of a frozen base that is certain to fit: no part grows by more than the
+    number of copies.
+    """
+    found, needed = mesh, result.hbm_bytes_per_chip or 0
+    while result.lora_rank and not result.rollouts and (less := found.less_split):
+        if 2 * needed > result.hbm_limit_bytes_per_chip:
+            break
+        found, needed = less, 2 * needed
+    if found == mesh or not needed:
+        return []
+    told = (
+        f"for fewer chips to a copy of the weights, which usually takes less time per row: {' '.join(found.overrides)}",
+        f"{found.row_places} row{'s' * (found.row_places != 1)} to a microbatch",
+        f"at most {format_bytes(needed)} per chip",
+    )
+    return [("Room", ", ".join(told))]
 
 
 def _work(result: PlanResult) -> list[tuple[str, str]]:

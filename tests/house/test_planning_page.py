@@ -14,6 +14,7 @@ PLANS = {
     "31B, v5p-8, one row": "plans/results/gemma4_31b_v5p8_lora_fsdp1_tp4.json",
     "31B, v6e-4, one row": "plans/results/gemma4_31b_v6e4_lora_fsdp1_tp4.json",
     "26B-A4B, v5p-8, two rows": "plans/results/gemma4_26b_a4b_v5p8_lora_fsdp2_tp2.json",
+    "26B-A4B, v5p-8, four rows": "plans/results/gemma4_26b_a4b_v5p8_lora_dp4_fsdp1_tp1.json",
     "the same with adapters on the experts": "26b_a4b_experts/plan.json",
     "12B, v6e-1, one row, remat `decoder`": "12b_v6e1/plan.json",
     "E4B, v6e-1, one row": "e4b_v6e1/plan.json",

@@ -28,6 +28,7 @@ from gemma4_tpu.planning.roofline import roofline
 from gemma4_tpu.planning.schedule import Op, Transfer, plain
 from gemma4_tpu.planning.search import pareto
 from gemma4_tpu.reporting.memory_bars import plot_hbm
+from gemma4_tpu.reporting.plan_rows import plan_rows
 from gemma4_tpu.reporting.plans import print_plan
 from tests.models.skeletons import write_skeleton
 from tests.tpu_compiler import needs_tpu_compiler
@@ -271,6 +272,19 @@ def test_a_plan_is_shown_and_drawn(planned, tmp_path, capsys):
         assert part in said
     plot_hbm([told, replace(told, fits=False, hbm_bytes_per_chip=2000)], tmp_path / "hbm.png")
     assert (tmp_path / "hbm.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_plan_with_room_names_a_mesh_with_fewer_chips_to_a_copy_of_the_weights(planned):
+    def room(used, **sizes):
+        mesh = {"dp": 1, "fsdp": 2, "tp": 2, **sizes}
+        used, limit = (gib * 2**30 for gib in (used, 1000))
+        told = result(planned, mesh=mesh, hbm_bytes_per_chip=used, hbm_limit_bytes_per_chip=limit, lora_rank=4)
+        return dict(plan_rows(told)).get("Room")
+
+    assert room(501) is None
+    assert "mesh.dp=2 mesh.fsdp=1 mesh.tp=2, 2 rows to a microbatch, at most 1000.00 GiB per chip" in room(500)
+    assert "mesh.dp=4 mesh.fsdp=1 mesh.tp=1, 4 rows to a microbatch, at most 1000.00 GiB per chip" in room(250)
+    assert room(100, fsdp=1, tp=1) is None
 
 
 SMALL = ["hardware=v6e1", "model=tiny", "lora.rank=4", "data.sequence_length=256", "trainer.remat=none"]
