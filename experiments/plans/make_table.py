@@ -94,8 +94,12 @@ def cells(sizes: list[str], machines: list[str], trained: list[str]) -> Iterator
 
 
 def longer() -> list[PlanCell]:
-    """31B on a v5p-8, as `experiment=v5p8` trains it, with longer rows."""
-    return [PlanCell("gemma4_31b", "v5p-8", "lora", MeshSizes(2, 1, 2), length) for length in (LENGTH, *LONGER)]
+    """31B on a v5p-8 with longer rows, on the mesh of `experiment=v5p8` and on one that leaves more room."""
+    return [
+        PlanCell("gemma4_31b", "v5p-8", "lora", mesh, length)
+        for length in (LENGTH, *LONGER)
+        for mesh in (MeshSizes(2, 1, 2), MeshSizes(1, 1, 4))
+    ]
 
 
 def meshes(arch: Architecture, wanted: Slice) -> list[MeshSizes]:
@@ -275,7 +279,8 @@ def main() -> None:
     if not given.render:
         machines = [name for name in MACHINES if not given.slice or option_name(name) in given.slice]
         wanted = list(cells(given.size or list(SIZES), machines, given.trained or list(TRAINED)))
-        wanted += [one for one in longer() if one.size in (given.size or SIZES) and one.machine in machines]
+        asked = [one for one in longer() if one.size in (given.size or SIZES) and one.machine in machines]
+        wanted += [one for one in asked if one not in wanted]
         for number, cell in enumerate(wanted, 1):
             if cell.path.is_file():
                 continue
