@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gemma4_tpu.errors import UserError
@@ -21,6 +21,11 @@ class Refusal:
     def clouds(self, message: str) -> bool:
         """Whether `message`, about the remaining values, concerns something in doubt."""
         return any(re.search(rf"\b{re.escape(name)}\b", message) for name in self.doubt)
+
+
+def resume_allow(already: Iterable[str], more: Iterable[str]) -> str:
+    """The word that makes a resumed run accept `more` differences, besides those that it `already` accepts."""
+    return f"checkpoint.resume_allow=[{','.join(dict.fromkeys([*already, *more]))}]"
 
 
 def refusal(problems: Sequence[Refusal]) -> UserError:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gemma4_tpu.config.refusals import resume_allow
 from gemma4_tpu.config.schema import DataConfig
 from gemma4_tpu.data.drops import Origin
 from gemma4_tpu.data.examples import Examples
@@ -299,7 +300,7 @@ def check_position(state: dict[str, Any], fingerprint: dict[str, Any], allow: Co
         raise UserError(
             f"the saved position belongs to another data pipeline:{lines}\n"
             "Resume with the settings and files that the run started with, start a new run folder, or accept these "
-            f"differences: checkpoint.resume_allow=[{','.join(changed)}]"
+            f"differences: {resume_allow(allow, changed)}"
         )
 
 

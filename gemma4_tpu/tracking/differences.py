@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from gemma4_tpu.config.refusals import resume_allow
 from gemma4_tpu.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def check_same_run(
         raise UserError(
             f"run_dir={address} holds a run with another configuration:{''.join(forbidden.values())}\n"
             "give the run's values to resume it, another run_dir to start afresh, or accept the differences: "
-            f"checkpoint.resume_allow=[{','.join(forbidden)}]"
+            f"{resume_allow(allow, forbidden)}"
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from gemma4_tpu.config.outputs import CheckpointConfig
+from gemma4_tpu.config.refusals import resume_allow
 from gemma4_tpu.config.schema import OptimizerConfig, TrainerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.step.optimizer import make_schedule
@@ -102,7 +103,7 @@ def refuse_differences(recorded: dict[str, Any], now: dict[str, Any], allow: Col
         raise UserError(
             f"run_dir={run} contains a run with other data or another base model:{lines}\nrestore what the run started"
             " with, use another run_dir to start afresh, or accept the differences:"
-            f" checkpoint.resume_allow=[{','.join(refused)}]"
+            f" {resume_allow(allow, refused)}"
         )
 
 
@@ -136,7 +137,7 @@ def refuse_jump(
     )
     if moved and after > JUMP * last and LEARNING_RATE not in allow:
         raise UserError(
-            f"{told}: more than {JUMP:g} times as much; accept it: checkpoint.resume_allow=[{LEARNING_RATE}], or start"
+            f"{told}: more than {JUMP:g} times as much; accept it: {resume_allow(allow, [LEARNING_RATE])}, or start"
             " a new run, with a new schedule, from these adapters: lora.start=<this run>"
         )
     log.info(told)
@@ -146,8 +147,12 @@ def nothing_left(folder: RunFolder, done: int | None, updates: int, trainer: Tra
     """Why nothing is left to do in a run after `done` updates, in words; None: something is.
 
     A run whose last update is done, by its length or `trainer.patience`, but without a result, still has to write it.
+
+    Raises:
+      UserError: the run ended after some updates and saved them, but its checkpoints are gone.
     """
     if done is None:
+        _refuse_lost(folder)
         return None
     patience = Patience.of(trainer, position(folder.checkpoints, done))
     at_its_end = done == updates or (done < updates and patience.exhausted)
@@ -160,6 +165,18 @@ def nothing_left(folder: RunFolder, done: int | None, updates: int, trainer: Tra
         told = f"run_dir={folder.address}: {done} updates are done, and this command asks for {updates}"
         more = "more trainer.max_updates or trainer.epochs"
     return f"{told}: nothing left to do, nothing changed; to train further, set {more}"
+
+
+def _refuse_lost(folder: RunFolder) -> None:
+    if not folder.result_path.exists():
+        return
+    result = Result.read(folder.result_path)
+    if result.updates and result.status != "failed":
+        raise UserError(
+            f"run_dir={folder.address}: {result.status} after update {result.updates}, but {folder.checkpoints} has no"
+            " checkpoint to resume from; restore one, or use another run_dir to start afresh: here its metrics and"
+            " result would be lost"
+        )
 
 
 def _finished(folder: RunFolder, done: int) -> bool:

@@ -159,7 +159,7 @@ def test_an_unfinished_first_save_is_no_checkpoint(folder):
 def test_other_data_is_refused_with_the_difference_unless_named(caplog):
     began, now = {"base": "aa", "rows": "bb", "seed": 0}, {"base": "aa", "rows": "cc", "seed": 0}
     refuse_differences(began, began, [], "here")
-    with pytest.raises(UserError, match=r"(?s)rows: cc \(the run has bb\).*checkpoint.resume_allow=\[rows\]"):
+    with pytest.raises(UserError, match=r"(?s)rows: cc \(the run has bb\).*checkpoint.resume_allow=\[base,rows\]"):
         refuse_differences(began, now, ["base"], "here")
     refuse_differences(began, now, ["rows"], "here")
     assert "rows: cc" in caplog.text

@@ -9,9 +9,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from gemma4_tpu.errors import PREEMPTED
+from gemma4_tpu.config.schema import TrainerConfig
+from gemma4_tpu.errors import PREEMPTED, UserError
 from gemma4_tpu.tracking.metrics import read_metrics
 from gemma4_tpu.tracking.result import Result
+from gemma4_tpu.tracking.run import RunFolder
+from gemma4_tpu.training.resume import nothing_left
 from tests.training.conftest import HARD
 
 SAME_WHENEVER = ("update", "loss", "heldout_loss", "grad_norm", "learning_rate", "real_tokens", "epoch")
@@ -83,6 +86,18 @@ def test_preempted_killed_and_damaged_it_ends_with_the_very_bits(shallow, tmp_pa
         "train_loss_first",
     ):
         assert getattr(results[0], key) == getattr(results[1], key), key
+
+
+def test_a_run_whose_checkpoints_are_gone_keeps_its_record(tmp_path):
+    folder = RunFolder.open("unused", "t", str(tmp_path / "run"), "auto", config={})
+    trainer = TrainerConfig()
+    for unsaved in (Result(status="preempted"), Result(status="failed", updates=3)):
+        folder.leave_result(unsaved)
+        assert nothing_left(folder, None, 8, trainer) is None
+    folder.leave_result(Result(status="stopped", updates=3))
+    with pytest.raises(UserError, match=r"stopped after update 3, but .*checkpoints has no checkpoint to resume from"):
+        nothing_left(folder, None, 8, trainer)
+    folder.close()
 
 
 def kill_when(process, run: Path, update: int) -> None:
