@@ -29,9 +29,10 @@ from gemma4_tpu.config.hydra_flags import of_one_run, search_path, serve, with_c
 from gemma4_tpu.config.keys import field_types, unknown_key
 from gemma4_tpu.config.lists import extended
 from gemma4_tpu.config.overrides import Groups, check_file, check_overrides, groups_in, one_length
-from gemma4_tpu.config.paths import one_slash, secret_place
+from gemma4_tpu.config.paths import not_unicode, one_slash, secret_place
 from gemma4_tpu.config.refusals import Refusal, refusal
 from gemma4_tpu.config.schema import TrainRoot
+from gemma4_tpu.config.values import empty_keys
 from gemma4_tpu.errors import UserError, bad_place, tell
 
 
@@ -74,6 +75,8 @@ def _is_about(word: str, place: str) -> bool:
 
 
 def _load(argv: list[str], entry: EntryPoint[Root, Checks]) -> Loaded[Root, Checks]:
+    if odd := [problem for word in argv if (problem := not_unicode(word)) is not None]:
+        raise refusal([Refusal(problem) for problem in odd])
     given, flags, passed_on = _split(argv, entry)
     if flags is not None and flags.shell_completion:  # its words are not keys
         serve(entry, ["--shell-completion"], flags.overrides)
@@ -85,6 +88,7 @@ def _load(argv: list[str], entry: EntryPoint[Root, Checks]) -> Loaded[Root, Chec
         serve(entry, passed_on, good if flags.multirun else [*good, *one_length(good)])
     checked = None
     if composed is not None and flags is None:
+        problems += [Refusal(f"{key}=: empty; give a value, or {key}=null", (key,)) for key in empty_keys(composed)]
         root = entry.normalise(composed)
         checked, found = entry.examine(root)
         found += [Refusal(problem) for problem in secret_place(getattr(root, "run_dir", None))]

@@ -29,6 +29,19 @@ def folder_of(path: str | None) -> Any:
     return at_home(path).rstrip("/") or "/" if path else path
 
 
+def not_unicode(text: str) -> str | None:
+    """The refusal of a word or path with bytes that this locale can't decode; None: there are none.
+
+    Python passes such bytes on as lone surrogates, which neither records nor the libraries that write checkpoints take.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        shown = text.encode(errors="backslashreplace").decode()
+        return f"{shown}: not UTF-8; give another name, or, if only this machine's locale is not UTF-8, PYTHONUTF8=1"
+    return None
+
+
 def name_problem(name: str) -> list[str]:
     """Problems with `name=`."""
     if redact(name) != name:

@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from gemma4_tpu.config.paths import not_unicode
 from gemma4_tpu.data.hard_limit import leave_result_in
 from gemma4_tpu.errors import DISK_FULL, UserError, first_line, stopped_code
 from gemma4_tpu.redact import redact_arguments
@@ -304,6 +305,8 @@ def _new_folder(parent: Path) -> Path:
 
 
 def _make(path: Path, exist_ok: bool = True) -> None:
+    if (problem := not_unicode(str(path))) is not None:  # the current folder's name, too
+        raise UserError(f"run_dir={problem}")
     try:
         path.mkdir(parents=True, exist_ok=exist_ok)
     except OSError as error:

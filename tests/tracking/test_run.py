@@ -15,12 +15,12 @@ from gemma4_tpu.tracking.run import RunFolder
 from tests.tracking.conftest import CONFIG
 
 
-def open_again(path, resume="auto", **changes):
+def open_again(path, resume="auto", allow=(), **changes):
     config = copy.deepcopy(CONFIG)
     for key, value in changes.items():
         group, name = key.split("__")
         config[group][name] = value
-    return RunFolder.open("unused", "t", str(path), resume, config=config)
+    return RunFolder.open("unused", "t", str(path), resume, config=config, resume_allow=allow)
 
 
 def test_new_folders_are_named_by_time_and_never_shared(tmp_path):
@@ -55,6 +55,19 @@ def test_another_configuration_is_refused_with_every_difference(run):
     assert "trainer.seed: 1 (the run has 0)" in message
     assert "mesh" not in message
     assert run.read_config() == CONFIG
+
+
+def test_a_refusal_repeats_the_differences_that_were_accepted(run):
+    with pytest.raises(UserError, match=r"checkpoint.resume_allow=\[lora.rank,trainer.seed\]"):
+        open_again(run.path, allow=["lora.rank"], lora__rank=32, trainer__seed=1)
+    assert open_again(run.path, allow=["lora.rank", "trainer.seed"], lora__rank=32, trainer__seed=1).resumed
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused_before_it_is_made(tmp_path):
+    odd = tmp_path / "r\udcffn"  # as Python shows a byte that is not UTF-8
+    with pytest.raises(UserError, match=r"r\\udcffn.*: not UTF-8"):
+        RunFolder.open(odd, "mine", None, "auto", config=CONFIG)
+    assert not odd.exists()
 
 
 def test_keys_of_another_version_do_not_prevent_a_resume():
