@@ -25,6 +25,7 @@ from gemma4_tpu.children import end_with_parent
 from gemma4_tpu.config.conf import VERSION_BASE, composing, config_dir, register
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.keys import unknown_key
+from gemma4_tpu.config.lists import as_word
 from gemma4_tpu.config.refusals import refusal
 from gemma4_tpu.config.sweeps import complete, sweep_problems
 from gemma4_tpu.errors import UserError, tell
@@ -50,7 +51,7 @@ def serve(entry: EntryPoint, flags: list[str], overrides: list[str]) -> NoReturn
         """Runs one job of a third-party launcher, on the machine that it chose."""
         job = HydraConfig.get()
         command = [sys.executable, "-m", entry.module, *job.overrides.task]
-        command.append(f"run_dir='{job.runtime.output_dir}'")
+        command.append(as_word("run_dir", str(job.runtime.output_dir)))
         subprocess.run(command, check=True, preexec_fn=end_with_parent)
 
     sys.argv = [sys.argv[0], *flags, "--", *overrides]
@@ -82,8 +83,7 @@ def with_config_dir(folder: str, words: list[str]) -> list[str]:
             places += map(str, given)
         else:
             others.append(word)
-    quoted = ",".join("'" + each.replace("'", "\\'") + "'" for each in places)
-    return [*others, f"hydra.searchpath=[{quoted}]"]
+    return [*others, as_word("hydra.searchpath", places)]
 
 
 def search_path(words: list[str]) -> list[Path | None]:

@@ -137,7 +137,21 @@ def sweep_problems(words: Sequence[str], chosen: Mapping[str, str]) -> list[Refu
             problems.append(Refusal(f"{word}: each job of a sweep has its own folder; give hydra.sweep.dir=<folder>"))
         elif override.is_interval_sweep() and chosen[SWEEPER] in _OURS[SWEEPER]:
             problems.append(Refusal(f"{word}: an interval is searched, not enumerated; add {SWEEPER}=optuna", (name,)))
-    return problems
+    return problems + _given_twice(words)
+
+
+def _given_twice(words: Sequence[str]) -> list[Refusal]:
+    """Swept keys that another word sets, too: the last one counts, so jobs could share a folder."""
+    given: dict[str, list[Override]] = {}
+    for override in _parse(words):
+        given.setdefault(override.key_or_group, []).append(override)
+    return [
+        Refusal(
+            f"{', '.join(o.input_line or '' for o in same)}: {name} is swept and given twice; give it once", (name,)
+        )
+        for name, same in given.items()
+        if len(same) > 1 and any(override.is_sweep_override() for override in same)
+    ]
 
 
 def sweep_name(words: Sequence[str]) -> str:

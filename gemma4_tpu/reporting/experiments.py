@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from gemma4_tpu.children import end_with_parent
+from gemma4_tpu.config.lists import as_word
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.files import read_json
 from gemma4_tpu.tracking.records import check_shape, read_record
@@ -50,7 +51,8 @@ def check_experiment(folder: str) -> int:
     hardware = made_on["hardware"]
     _refuse_other_hardware(folder, hardware)
     run_dir = f"outputs/checks/{place.absolute().name}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    words = [f"replay='{folder}'", f"replay_allow=[{','.join(PARTS)}]", f"run_dir='{run_dir}'", "tracker=none"]
+    given = {"replay": folder, "replay_allow": list(PARTS), "run_dir": run_dir, "tracker": "none"}
+    words = [as_word(key, value) for key, value in given.items()]
     command = [sys.executable, "-m", "gemma4_tpu.train", *words]
     code = subprocess.run(command, env=_environment(hardware), check=False, preexec_fn=end_with_parent).returncode
     if code:

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from gemma4_tpu.config.lists import as_word
 from gemma4_tpu.errors import PREEMPTED, TERMINATED, last_refusal, last_words
 from gemma4_tpu.tracking.records import RESULT, result_of
 
@@ -30,7 +31,7 @@ _STOPPED_BY_SIGNAL = (PREEMPTED, TERMINATED, -signal.SIGTERM)
 
 def command(entry: str, words: Sequence[str], run_dir: Path) -> list[str]:
     """The command line of a job."""
-    return [sys.executable, "-m", f"gemma4_tpu.{entry}", *words, f"run_dir='{run_dir}'"]
+    return [sys.executable, "-m", f"gemma4_tpu.{entry}", *words, as_word("run_dir", str(run_dir))]
 
 
 class Child(ABC):
@@ -124,7 +125,7 @@ class Orphan(Child):
         """The process on this machine that works in a run folder, by its command line: a parent can be killed before
         it has kept the pid. None: there is none.
         """
-        word = f"run_dir='{run_dir}'"
+        word = as_word("run_dir", str(run_dir))
         known = psutil.process_iter(["cmdline", "create_time"])
         found = [each for each in known if word in (each.info["cmdline"] or ())]
         # What it has forked has the same command line.

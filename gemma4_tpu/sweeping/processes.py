@@ -14,6 +14,7 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 
 from gemma4_tpu.config.entry import EntryPoint
+from gemma4_tpu.config.lists import as_word
 from gemma4_tpu.config.load import load
 from gemma4_tpu.config.outputs import TrackerConfig
 from gemma4_tpu.config.schema import TrainRoot
@@ -180,7 +181,7 @@ class Runner:
     def _group(self, job: SweepJob, tracker: TrackerConfig) -> None:
         """Sets W&B's group of a sweep to its folder, unless the user named one."""
         if tracker.group is None and not any(word.startswith("tracker.group=") for word in job.words):
-            job.words.append(f"tracker.group='{'/'.join(self.sweep.folder.parts[-2:])}'")
+            job.words.append(as_word("tracker.group", "/".join(self.sweep.folder.parts[-2:])))
 
     def _is_finished(self, job: SweepJob, config: Any) -> bool:
         folder = self.sweep.run_folder(job)

@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from gemma4_tpu.config.machines import HardwareConfig
-from gemma4_tpu.config.sweeps import fixed_keys, job_name, sweep_name, swept
+from gemma4_tpu.config.sweeps import fixed_keys, job_name, sweep_name, sweep_problems, swept
 from gemma4_tpu.config.tasks import MergeRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.checks import examine_merge
-from gemma4_tpu.sweeping import devices, plan_check
+from gemma4_tpu.sweeping import devices, job_process, plan_check
 from gemma4_tpu.sweeping.state import Sweep, SweepJob
 from gemma4_tpu.tracking.files import write_json
 from tests.sweeping.conftest import STAND_IN
@@ -40,6 +41,21 @@ def when(condition, act):
     thread = threading.Thread(target=watch)
     thread.start()
     return thread
+
+
+def test_a_job_finds_its_folder_whatever_it_is_called(tmp_path):
+    for name in ("it's", "a,b=c", "back\\slash", "${x"):
+        *_, word = job_process.command("train", [], tmp_path / name)
+        assert OverridesParser.create().parse_override(word).value() == str(tmp_path / name)
+
+
+def test_a_key_is_not_swept_and_set():
+    """The last word counts, so that jobs would have the same values, and share a folder."""
+    chosen = {"hydra/sweeper": "grid"}
+    for words in (["lora.rank=4", "lora.rank=2,8"], ["lora.rank=2,8", "+lora.rank=4"], ["lora.rank=2,8"] * 2):
+        (problem,) = sweep_problems(["trainer.seed=1", "trainer.seed=2", *words], chosen)
+        assert problem.message == f"{', '.join(words)}: lora.rank is swept and given twice; give it once"
+    assert not sweep_problems(["mesh=fsdp", "mesh.tp=1,2", "trainer.seed=1", "trainer.seed=2"], chosen)
 
 
 @pytest.mark.slow
