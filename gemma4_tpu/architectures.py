@@ -53,6 +53,8 @@ class Architecture:
     """Experts per layer (26B-A4B); 0: dense."""
     experts_per_token: int = 0
     expert_dim: int = 0
+    max_positions: int | None = field(default=None, compare=False, repr=False)
+    """Longest sequence that its checkpoint names (`max_position_embeddings`), in tokens; None: not known."""
     vision: Vision | None = field(default=None, repr=False)
     """Set if pictures are read (`data.image_cache`); None: text only, and the projector is left untouched."""
 
@@ -186,6 +188,7 @@ def from_hf_config(config: dict[str, Any], *, name: str = "checkpoint") -> Archi
         num_experts=need(text, "num_experts") if moe else 0,
         experts_per_token=need(text, "top_k_experts") if moe else 0,
         expert_dim=need(text, "moe_intermediate_size") if moe else 0,
+        max_positions=text.get("max_position_embeddings"),
     )
     for i in range(arch.num_unshared_layers, arch.num_layers):
         if arch.layer_types[i] not in arch.layer_types[: arch.num_unshared_layers]:
@@ -251,7 +254,7 @@ def to_hf_config(arch: Architecture) -> dict[str, Any]:
         "attention_bias": False,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
-        "max_position_embeddings": 131_072,
+        "max_position_embeddings": arch.max_positions or 131_072,
         "bos_token_id": 2,
         "eos_token_id": [1, 106],
         "pad_token_id": 0,
@@ -267,18 +270,19 @@ def _shown(value: Any) -> str:
     return repr(value)
 
 
+_NOT_OF_THE_SIZE = ("name", "global_rope_factor", "max_positions", "vision")
 _VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input")
 
 
 def contradictions(expected: Architecture, found: Architecture) -> list[str]:
     """Fields in which a checkpoint's architecture differs from the configured one, as `field: expected … found …`.
 
-    A RoPE factor for longer texts, or rows added to the vocabulary, do not make it another size.
+    Positions and a RoPE factor for longer texts, or rows added to the vocabulary, do not make it another size.
     """
     return [
         f"{key}: model={expected.name} has {_shown(value)}, the checkpoint {_shown(getattr(found, key))}"
         for key, value in replace(expected, name="").__dict__.items()
-        if key not in ("name", "global_rope_factor", "vision") and not _same(value, getattr(found, key))
+        if key not in _NOT_OF_THE_SIZE and not _same(value, getattr(found, key))
         and not (key in _VOCABULARIES and getattr(found, key) > value)
     ]  # fmt: skip
 

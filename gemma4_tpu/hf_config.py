@@ -26,7 +26,7 @@ _WHOLE_NUMBERS = (
     "vocab_size", "vocab_size_per_layer_input", "hidden_size", "intermediate_size", "hidden_size_per_layer_input",
     "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_global_key_value_heads", "head_dim",
     "global_head_dim", "sliding_window", "num_kv_shared_layers", "num_experts", "top_k_experts",
-    "moe_intermediate_size",
+    "moe_intermediate_size", "max_position_embeddings",
 )  # fmt: skip
 _FLAGS = ("attention_k_eq_v", "enable_moe_block", "use_double_wide_mlp", "tie_word_embeddings")
 

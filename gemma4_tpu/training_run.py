@@ -56,7 +56,7 @@ from gemma4_tpu.training.prediction import predict
 from gemma4_tpu.training.preemption import Preemption
 from gemma4_tpu.training.profile import Profile, check_profile
 from gemma4_tpu.training.rates import Rates
-from gemma4_tpu.training.recipe import Recipe, check_lengths, rows_per_microbatch
+from gemma4_tpu.training.recipe import Recipe, check_lengths, check_positions, rows_per_microbatch
 from gemma4_tpu.training.replay import Replay
 from gemma4_tpu.training.reports import Reports
 from gemma4_tpu.training.rollouts_checks import check_decoding_mesh, is_on_policy
@@ -138,6 +138,7 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     own = _own_answers(config, mesh, data, tokenizer, base) if is_on_policy(config.objective) else None
     batches = make_batches(data, config.data, config.trainer, mesh, own, shown)
     check_lengths(batches.lengths, MeshSizes(**mesh.shape))
+    check_positions(batches.lengths, base.arch)
     run = Run(
         config, loaded.overrides, folder, hosts, resume_from, base, start, tokenizer, data, mesh, batches, teacher
     )  # fmt: skip

@@ -25,7 +25,7 @@ from gemma4_tpu.planning.own_runs import band_of_runs
 from gemma4_tpu.step.objective_kinds import KINDS
 from gemma4_tpu.storage import list_folder
 from gemma4_tpu.tracking.run import RunFolder
-from gemma4_tpu.training.checks import examine_train, normalise
+from gemma4_tpu.training.checks import examine_train, normalise, positions_problems
 from gemma4_tpu.training.meshes import resolve_mesh
 from gemma4_tpu.training.recipe import Recipe, TeacherModel, rows_per_microbatch
 from gemma4_tpu.training.rollouts_checks import is_on_policy
@@ -95,6 +95,7 @@ def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Refusal]]:
         messages.append(f"plan.search_flags={root.plan.search_flags}: give some of [{', '.join(choices)}]")
     messages += _calibration(root, wanted)
     architecture, missing = _architecture(root)
+    messages += positions_problems(root.data, architecture)
     teacher, unknown = _teacher(root)
     messages += unknown
     # The rest is checked as for training, on a run whose files are assumed to exist.

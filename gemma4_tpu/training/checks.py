@@ -30,11 +30,18 @@ from gemma4_tpu.step.warmup import warmup_updates
 from gemma4_tpu.storage import is_remote
 from gemma4_tpu.tracking.tracker import PACKAGES
 from gemma4_tpu.training.hardware_checks import full_problems, hardware_problems, price_warning
-from gemma4_tpu.training.lora_checks import EXPERTS, adapted_problems, lora_problems
+from gemma4_tpu.training.lora_checks import EXPERTS, adapted_problems, lora_problems, without_effect
 from gemma4_tpu.training.meshes import resolve_mesh, whole_rows_problems
 from gemma4_tpu.training.objective_checks import objective_problems
 from gemma4_tpu.training.optimizer_checks import optimizer_problems, stop_problems, trained_bytes
-from gemma4_tpu.training.recipe import batch_key, check_lengths, count, rows_per_microbatch, rows_per_update
+from gemma4_tpu.training.recipe import (
+    batch_key,
+    check_lengths,
+    check_positions,
+    count,
+    rows_per_microbatch,
+    rows_per_update,
+)
 from gemma4_tpu.training.rollouts_checks import (
     check_decoding_mesh,
     is_on_policy,
@@ -118,6 +125,7 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
         messages += in_full.problems(architecture, root.lora)
     if architecture is not None and not any(message.startswith("lora.") for message in messages):
         messages += adapted_problems(root.lora, architecture)
+    messages += positions_problems(root.data, architecture)
     mesh, mesh_messages = _mesh(root, architecture)
     messages += mesh_messages
     if root.trainer.attention == "splash" and architecture is not None:
@@ -168,7 +176,7 @@ def _batch(trainer: TrainerConfig, data: DataConfig) -> list[str]:
         nearest = length * max(1, round(tokens / length))
         return [
             f"trainer.global_batch_tokens={tokens}: not a multiple of data.sequence_length={length}; "
-            f"{nearest} is ({nearest // length} rows)"
+            f"{nearest} is ({count(nearest // length, 'row')})"
         ]
     rows = rows_per_update(trainer, data)
     if rows % trainer.microbatches:
@@ -182,6 +190,16 @@ def _batch(trainer: TrainerConfig, data: DataConfig) -> list[str]:
 
 def _row_lengths(data: DataConfig) -> list[int]:
     return [data.sequence_length, *(data.buckets or [])]
+
+
+def positions_problems(data: DataConfig, architecture: Architecture | None) -> list[str]:
+    """Rows longer than the model's sequences; of a checkpoint that can't be read yet, none."""
+    try:
+        if architecture is not None:
+            check_positions(_row_lengths(data), architecture)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def _splash(architecture: Architecture, data: DataConfig, cp: int) -> list[str]:
@@ -257,7 +275,7 @@ def _replay(run: str | None, allow: list[str], run_dir: str | None) -> list[str]
 
 
 def _place(folder: str) -> str:
-    return folder.rstrip("/") if is_remote(folder) else str(Path(folder).expanduser().absolute())
+    return folder.rstrip("/") if is_remote(folder) else str(Path(folder).expanduser().resolve())
 
 
 def _watched(trainer: TrainerConfig) -> list[str]:
@@ -316,6 +334,7 @@ def _warnings(root: TrainRoot, mesh: MeshSizes | None) -> list[str]:
         )
     if root.lora.enabled and root.lora.dropout and EXPERTS in root.lora.targets:
         lines.append(f"lora.dropout={root.lora.dropout}: adapters of experts have none (nor do PEFT's); the others do")
+    lines += without_effect(root.lora)
     if mesh is not None and is_on_policy(root.objective):
         lines += undivided(root.rollouts, mesh)
     if (line := price_warning(root.hardware)) is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.schema import LoraConfig
@@ -60,6 +62,21 @@ def lora_problems(lora: LoraConfig) -> list[str]:
     messages += [f"lora.targets: {target!r} is part of {MODULES[target]!r}; give one of them" for target in within]
     low = [f"lora.ranks.{pattern}={rank}: must be at least 1" for pattern, rank in lora.ranks.items() if rank < 1]
     return messages + _kind_problems(lora) + low
+
+
+def without_effect(lora: LoraConfig) -> list[str]:
+    """Warnings about values that nothing will use; an experiment can have set them, so they are not refused."""
+    if lora.enabled:
+        return (
+            [f"lora.start_checkpoint={lora.start_checkpoint} has no effect: lora.start names no run"]
+            if lora.start is None and lora.start_checkpoint != LoraConfig.start_checkpoint
+            else []
+        )
+    default = asdict(LoraConfig(enabled=False))
+    changed = [f"lora.{key}={value}" for key, value in asdict(lora).items() if value != default[key]]
+    if not changed:
+        return []
+    return [f"lora.enabled=false trains every weight, without adapters: no effect of {', '.join(changed)}"]
 
 
 def _in_our_words(target: str) -> str:

@@ -140,6 +140,17 @@ def check_lengths(lengths: Iterable[int], mesh: MeshSizes) -> None:
         )
 
 
+def check_positions(lengths: Iterable[int], arch: Architecture) -> None:
+    """Refuses (`UserError`) rows that could hold a longer sequence than the model supports."""
+    longest = max(lengths)
+    if arch.max_positions is not None and longest > arch.max_positions:
+        raise UserError(
+            f"data.sequence_length={longest}: the model's longest sequence is {arch.max_positions} tokens"
+            " (max_position_embeddings in its config.json); give at most that, and larger updates by"
+            " trainer.global_batch_sequences"
+        )
+
+
 def batch_key(trainer: TrainerConfig) -> str:
     """The key that gives the batch, with its value."""
     if trainer.global_batch_sequences is not None:

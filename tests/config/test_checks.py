@@ -240,6 +240,12 @@ def test_a_checkpoint_of_another_model_is_refused_and_the_right_name_given(refus
     assert "not a checkpoint of tiny; give model=tiny_e2b (num_layers: model=tiny has 6, the checkpoint 10" in message
 
 
+def test_rows_are_no_longer_than_the_sequences_that_the_checkpoint_names(load, refused, checkpoint):
+    words = ("model=tiny_moe", f"model.path={checkpoint('tiny_moe', max_position_embeddings=256)}")
+    assert "data.sequence_length=512: the model's longest sequence is 256 tokens" in refused(*words)
+    assert load(*words, "data.sequence_length=256").checked.architecture == ARCHITECTURES["tiny_moe"]
+
+
 def test_a_contradiction_is_named(refused, checkpoint):
     message = refused(f"model.path={checkpoint('tiny_moe', sliding_window=32)}")
     assert "it matches no architecture of this project (sliding_window: model=tiny_moe has 64," in message
@@ -390,6 +396,18 @@ def test_a_learning_rate_of_the_tiny_models_is_reported_for_a_released_size(load
     words = ["model=gemma4_e2b", "model.path=random:0", "optimizer.learning_rate=3e-3"]
     assert any("usually takes 1e-4 to 5e-4" in line for line in load(*words).checked.warnings)
     assert not load(*words[:2], "optimizer.learning_rate=2e-4").checked.warnings
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["lora=none", "lora.rank=64", "lora.dropout=0.1"], "no effect of lora.rank=64, lora.dropout=0.1"),
+        (["lora.start_checkpoint=best"], "lora.start_checkpoint=best has no effect"),
+    ],
+)
+def test_values_that_nothing_uses_are_reported(load, words, told):
+    assert told in "\n".join(load(*words).checked.warnings)
+    assert "no effect" not in "\n".join(load(words[0]).checked.warnings if len(words) > 1 else [])
 
 
 def test_warnings_are_handed_back(load):

@@ -28,7 +28,7 @@ VOCAB_SIZE = 128
 _COMMON = {
     "vocab_size": VOCAB_SIZE, "vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 96,
     "head_dim": 8, "global_head_dim": 16, "sliding_window": 8, "final_logit_softcapping": 30.0,
-    "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
+    "max_position_embeddings": 131_072, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
 }  # fmt: skip
 _TEXT = {
     # 31B: heads, KV heads and global KV heads as 4:2:1, so that tp=4 is legal; K = V on global layers
