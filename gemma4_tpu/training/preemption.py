@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 
 class Preemption:
-    """Watches for SIGTERM while open as a context manager, which only the main thread can do.
+    """Watches for SIGTERM while open as a context manager, on the main thread: elsewhere (a notebook's worker), Python
+    lets nobody take signals, and none is watched for.
 
     With several processes, JAX's preemption service takes the signal, whichever of them it reaches, and names the
     update at which all of them stop; start-up is then not cut short, but ends after the first update.
@@ -32,25 +33,31 @@ class Preemption:
         self._something_to_save = False
         self._signals = 0
         self._before: dict[signal.Signals, Any] = {}
+        self._watches = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> Preemption:
+        if not self._watches:
+            log.warning("not on the main thread: SIGTERM ends this process as it did before, without a save")
+            return self
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
         self._before = {number: signal.getsignal(number) for number in TERMINATING}
         self.listen()
-        signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        self._woken_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="sigterm", daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.set_wakeup_fd(-1)
+        if not self._watches:
+            return
+        signal.set_wakeup_fd(self._woken_before)  # an event loop's, in a notebook
         for number, handler in self._before.items():
             signal.signal(number, handler)
         os.close(self._write_end)  # ends the thread
 
     def listen(self) -> None:
         """Installs the handlers, also over JAX's preemption service, which installs its own when it starts."""
-        for number in TERMINATING:
+        for number in TERMINATING if self._watches else ():
             signal.signal(number, lambda *_: None)  # so that Python writes it to the pipe
 
     @property
