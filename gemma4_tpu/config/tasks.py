@@ -29,7 +29,8 @@ class ExportConfig:
     `merged` and one named after the format; several runs write to one subfolder each, named after the run. null: these
     subfolders in the run folder. Short form: `target=`."""
     overwrite: bool = False
-    """Replace an existing target. Short form: `overwrite=`."""
+    """Replace an existing model or adapter at the target, but no other folder, nor one that holds the run or its base.
+    Short form: `overwrite=`."""
     verify: str = "true"
     """What to compare before publishing the merged model: `true`: every adapted weight, and the logits of the merged
     and the LoRA model if the model fits into memory (float32, on the CPU); `stream`: the weights only; `false`:

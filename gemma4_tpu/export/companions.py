@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import json
 
-from gemma4_tpu.checkpoint_folder import PROBE_NAME
-from gemma4_tpu.export.place import Place
+from gemma4_tpu.checkpoint_folder import INDEX_NAME, PROBE_NAME, SINGLE_NAME
+from gemma4_tpu.export.place import JOURNAL, Place
 from gemma4_tpu.export.trained import Trained
 from gemma4_tpu.hf_config import with_both_key_sets
-from gemma4_tpu.models.tensorfile import INDEX_NAME
 from gemma4_tpu.new_tokens import rewritten
 from gemma4_tpu.storage import filesystem, join, list_folder, open_bytes, read_json
 
@@ -41,9 +40,10 @@ def companions(trained: Trained) -> tuple[dict[str, str], list[str]]:
     for name in list_folder(folder):
         if name.startswith(".") or name in trained.checkpoint.files:
             continue
-        if name == PROBE_NAME:  # the base is itself a merged model, whose probes tell it from its own base
+        if name in (PROBE_NAME, JOURNAL):  # the base is itself a merged model, and these are about its own merge
             continue
-        if (name.endswith(_OTHER_WEIGHTS) and name != INDEX_NAME) or not _is_file(join(folder, name)):
+        index = name == INDEX_NAME and SINGLE_NAME not in trained.checkpoint.files  # else it lists other files
+        if (name.endswith(_OTHER_WEIGHTS) and not index) or not _is_file(join(folder, name)):
             left.append(name)
         elif tokenizer == folder or not name.startswith(_TOKENIZER):
             found[name] = join(folder, name)

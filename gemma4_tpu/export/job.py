@@ -18,7 +18,7 @@ from gemma4_tpu.export.companions import companions, write_config
 from gemma4_tpu.export.hub import push_to_hub
 from gemma4_tpu.export.merge import Delta, Merger
 from gemma4_tpu.export.peft import adapter_bytes, check_peft, write_peft
-from gemma4_tpu.export.place import Place, Unfinished, total_bytes
+from gemma4_tpu.export.place import Place, Unfinished, stamp, total_bytes
 from gemma4_tpu.export.probe_prompts import write_probes
 from gemma4_tpu.export.quantise import Quantiser, parts_of
 from gemma4_tpu.export.schemes import SCHEMES
@@ -137,7 +137,7 @@ def prepare(run: Path | str, export: ExportConfig, *, several: bool) -> ExportJo
         prompts_of(trained, export.prompts)
     places = {kind: Place(target) for kind, target in _targets(run, export, several).items()}
     for kind, place in places.items():
-        place.check(_identity(trained, kind, export), export.overwrite)
+        place.check(_identity(trained, kind, export), export.overwrite, _made_from(trained, export))
     return ExportJob(trained, export, places)
 
 
@@ -209,6 +209,12 @@ def _told(report: dict[str, Any]) -> str:
     return "; ".join(lines)
 
 
+def _made_from(trained: Trained, export: ExportConfig) -> list[str]:
+    """What an export reads."""
+    places = [trained.run.address, trained.base.folder, trained.base.tokenizer_folder, export.prompts]
+    return [str(place) for place in places if place is not None]
+
+
 def _identity(trained: Trained, kind: str, export: ExportConfig) -> dict[str, Any]:
     """The identity of an export: two exports with the same identity write the same bytes."""
     return {
@@ -217,9 +223,16 @@ def _identity(trained: Trained, kind: str, export: ExportConfig) -> dict[str, An
         "update": trained.state.update,
         "base": trained.base.fingerprint,
         "lora": asdict(trained.lora),
-        "peft_experts": export.peft_experts if kind == ADAPTER else None,
+        **_written(trained, kind, export),
         "version": gemma4_tpu.__version__,
     }
+
+
+def _written(trained: Trained, kind: str, export: ExportConfig) -> dict[str, Any]:
+    """What else the bytes depend on: the files copied, or what the adapter's configuration says."""
+    if kind == ADAPTER:
+        return {"peft_experts": export.peft_experts, "base_folder": trained.base.folder}
+    return {"copied": {name: stamp(path) for name, path in companions(trained)[0].items()}}
 
 
 def _bytes(trained: Trained, kind: str, export: ExportConfig) -> int:

@@ -2,8 +2,8 @@
 
 The staging folder is `.<name>.partial`. Its journal lists finished files with their checksums, so a killed export
 resumes with the file that it was writing. The journal stays in the target: it records what the model was made from, and
-lets the same export, if started again, recognise that it is done. On gs:// a rename copies each object; there
-`config.json`, without which nothing loads, comes last.
+lets the same export, if started again, recognise that it is done. On gs:// a rename copies each object; there the
+journal, which marks them as an export's, comes first, and `config.json`, without which nothing loads, last.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from gemma4_tpu.tracking.files import write_text
 log = logging.getLogger(__name__)
 
 JOURNAL, LOCK, PART = "gemma4_tpu.json", ".lock", ".part"
-LAST = "config.json"
+LOADED = {"config.json", "adapter_config.json"}
+"""Files without which a model or an adapter does not load."""
 UPLOAD_BYTES = 32 << 20  # per request
 
 
@@ -38,8 +39,9 @@ class Place:
     """A target folder, local or remote, and the staging folder next to it."""
 
     def __init__(self, target: str):
-        self.target = target.rstrip("/") if is_remote(target) else str(Path(target).absolute())
-        parent, _, name = self.target.rpartition("/")
+        # the place itself, not a link to it: renames would replace the link
+        self.target = target.rstrip("/") if is_remote(target) else os.path.realpath(target)
+        parent, name = os.path.split(self.target)
         self.parent, self.staging = parent, join(parent, f".{name}.partial")
         self._old = join(parent, f".{name}.replaced")
         self.remote = is_remote(target)
@@ -48,22 +50,52 @@ class Place:
         """Whether the target already contains exactly this export; then nothing is written."""
         self._lock: int | None = None
 
-    def check(self, identity: dict[str, Any], overwrite: bool) -> None:
-        """Raises `UserError` if the target exists, is not exactly this export, and may not be replaced."""
+    def check(self, identity: dict[str, Any], overwrite: bool, made_from: Iterable[str] = ()) -> None:
+        """Raises `UserError` if the target exists, is not exactly this export, and may or can not be replaced.
+
+        Args:
+          identity: of this export.
+          overwrite: whether an existing model or adapter may be replaced.
+          made_from: files and folders that the export reads.
+        """
         self._put_back()
-        if overwrite or not self._exists():
+        if not self._exists():
             return
-        found = self._read_journal(self.target)
-        same = found.get("identity") == identity and set(list_folder(self.target)) == {JOURNAL, *found["files"]}
-        if not same or self._whole(found["files"], self.target) != found["files"]:
+        if not overwrite and self._is_this_export(identity):
+            log.info("%s: already contains this export, with matching checksums", self.target)
+            self.journal, self.published = self._read_journal(self.target), True
+        elif (reason := self._irreplaceable(made_from)) is not None:
+            raise UserError(f"target={self.target}: {reason}")
+        elif not overwrite:
             raise UserError(f"target={self.target}: exists; give overwrite=true to replace it, or another target")
-        log.info("%s: already contains this export, with matching checksums", self.target)
-        self.journal, self.published = found, True
 
     def _exists(self) -> bool:
-        if self.remote:  # without config.json it is an interrupted upload
-            return LAST in (names := list_folder(self.target)) or "adapter_config.json" in names
+        if self.remote:  # with the journal, but without what loads, it is an interrupted upload
+            names = set(list_folder(self.target))
+            return bool(names) and (JOURNAL not in names or not LOADED.isdisjoint(names))
         return os.path.lexists(self.target)
+
+    def _is_this_export(self, identity: dict[str, Any]) -> bool:
+        found = self._read_journal(self.target)
+        same = found.get("identity") == identity and set(list_folder(self.target)) == {JOURNAL, *found["files"]}
+        return same and self._whole(found["files"], self.target) == found["files"]
+
+    def _irreplaceable(self, made_from: Iterable[str]) -> str | None:
+        """Why the existing target must not be replaced even with overwrite=true, and what to do; None: it can be."""
+        if not self.remote and not os.path.isdir(self.target):
+            return "a file, not a folder; give another target"
+        if not self.remote and os.path.ismount(self.target):
+            return "a mount point, which can't be renamed; give a folder in it"
+        for path in made_from:
+            if _is_in(path, self.target):
+                return f"contains {path}, from which this export is made; give another target"
+        names = list_folder(self.target)
+        if names and LOADED.isdisjoint(names):
+            return (
+                f"exists, and is neither a model nor an adapter (contains {', '.join(names[:5])}), which is all that"
+                " overwrite=true replaces; give another target, or remove it"
+            )
+        return None
 
     def open(self, identity: dict[str, Any], needed_bytes: int) -> None:
         """Creates the staging folder, or resumes from that of an interrupted export with the same identity.
@@ -104,20 +136,11 @@ class Place:
         there = set(list_folder(folder))
         whole = {}
         for name, noted in files.items():
-            if name in there and self._stamp(name, folder) == noted["stamp"]:
+            if name in there and stamp(join(folder, name)) == noted["stamp"]:
                 whole[name] = noted
             else:
                 log.warning("%s: its bytes are not the ones written", join(folder, name))
         return whole
-
-    def _stamp(self, name: str, folder: str) -> str:
-        """A stamp that changes with the file's bytes."""
-        path = join(folder, name)
-        if not self.remote:
-            return checksum(path)
-        fs, place = filesystem(path)
-        about = fs.info(place)
-        return f"{about['size']} {about.get('crc32c', '')}"
 
     def _check_space(self, needed_bytes: int) -> None:
         if self.remote:
@@ -143,12 +166,12 @@ class Place:
 
     def finish(self, name: str, file: Writer, **notes: Any) -> None:
         """Completes a file: stored, under its name, in the journal with `notes`."""
-        stamp = file.finish()
+        written = file.finish()
         if self.remote:
-            stamp = self._stamp(name, self.staging)
+            written = stamp(join(self.staging, name))
         else:
             os.replace(join(self.staging, name) + PART, join(self.staging, name))
-        self.journal["files"][name] = {"bytes": file.size_bytes, "stamp": stamp, **notes}
+        self.journal["files"][name] = {"bytes": file.size_bytes, "stamp": written, **notes}
         self.write(JOURNAL, json.dumps(self.journal, sort_keys=True))
 
     def write(self, name: str, text: str) -> None:
@@ -196,14 +219,13 @@ class Place:
     def _publish_remote(self) -> None:
         fs, staging = filesystem(self.staging)
         _, target = filesystem(self.target)
-        for name in (LAST, "adapter_config.json"):  # from here on the old model is not loadable
-            if name in list_folder(self.target):
-                fs.rm_file(join(target, name))
+        for name in LOADED & set(list_folder(self.target)):  # from here on the old model is not loadable
+            fs.rm_file(join(target, name))
         new = list_folder(self.staging)
         for name in list_folder(self.target):
             if name not in new:
-                fs.rm_file(join(target, name))
-        for name in sorted(new, key=lambda name: name in (LAST, "adapter_config.json")):
+                fs.rm(join(target, name), recursive=True)
+        for name in sorted(new, key=lambda name: (name in LOADED, name != JOURNAL)):
             fs.cp_file(join(staging, name), join(target, name))
         for name in list_folder(self.staging):
             self._remove(name)
@@ -249,9 +271,24 @@ class RemoteFile:
         self._file.closed = True  # else its finalizer would close it, which publishes it
 
 
+def stamp(path: str) -> str:
+    """A stamp of a file, local or remote, that changes with its bytes."""
+    if not is_remote(path):
+        return checksum(path)
+    fs, place = filesystem(path)
+    about = fs.info(place)
+    return f"{about['size']} {about.get('crc32c', '')}"
+
+
 def total_bytes(paths: Iterable[str]) -> int:
     """Size of all files together, local or remote."""
     return sum(open_bytes(path).size_bytes for path in paths)
+
+
+def _is_in(path: str, folder: str) -> bool:
+    """Whether a path, local or remote, is that of a folder or of something in it."""
+    place = path.rstrip("/") if is_remote(path) else os.path.realpath(path)
+    return place == folder or place.startswith(join(folder, ""))
 
 
 def _sync_folder(folder: str) -> None:

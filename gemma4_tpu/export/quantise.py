@@ -28,7 +28,7 @@ from gemma4_tpu.checkpoint_folder import INDEX_NAME
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.companions import copy_file
 from gemma4_tpu.export.pieces import WORKERS, Piece, as_bytes, copies, in_order
-from gemma4_tpu.export.place import JOURNAL, LAST, Place
+from gemma4_tpu.export.place import JOURNAL, Place
 from gemma4_tpu.export.schemes import Scheme
 from gemma4_tpu.models.expert_files import modules
 from gemma4_tpu.models.names import name_map
@@ -217,10 +217,10 @@ class Quantiser:
 
     def write_config(self, place: Place) -> None:
         """Writes `config.json`, without which nothing loads."""
-        config = read_json(join(self._merged.folder, LAST)) | {"quantization_config": self._config()}
-        with place.create(LAST) as out:
+        config = read_json(join(self._merged.folder, "config.json")) | {"quantization_config": self._config()}
+        with place.create("config.json") as out:
             out.write(json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
-            place.finish(LAST, out)
+            place.finish("config.json", out)
 
     def _write(self, name: str, shard: Shard, place: Place, workers: ThreadPoolExecutor) -> dict[str, float]:
         scales: dict[str, list[np.ndarray]] = {part.name: [] for part in shard.parts}
@@ -250,7 +250,7 @@ class Quantiser:
 
     def _companions(self) -> list[str]:
         """Tokenizer, template, probe: everything in the merged folder besides weights and `config.json`."""
-        own = {INDEX_NAME, JOURNAL, LAST, *self._merged.files}
+        own = {INDEX_NAME, JOURNAL, "config.json", *self._merged.files}
         return [name for name in list_folder(self._merged.folder) if name not in own]
 
     def _config(self) -> dict[str, Any]:

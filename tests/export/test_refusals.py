@@ -134,6 +134,7 @@ def test_no_space(run_of, refused_unwritten, monkeypatch):
 def test_an_existing_target_is_replaced_only_when_told(run_of, refused_unwritten, merge):
     run, _ = run_of()
     (run / "merged").mkdir()
+    (run / "merged" / "config.json").write_text("{}")
     (run / "merged" / "mine.txt").write_text("mine")
     assert "exists; give overwrite=true" in refused_unwritten(f"run={run}", "verify=false")
     merge(run, "verify=false", "overwrite=true")
