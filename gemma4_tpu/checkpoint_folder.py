@@ -122,6 +122,8 @@ def no_checkpoint(folder: str, present: list[str]) -> str:
     """Why a folder with the files `present` is not a loadable checkpoint, and what to do."""
     if not present:
         return f"{folder}: no such folder, or an empty one; expected a Hugging Face checkpoint"
+    if {"snapshots", "refs"} <= set(present):
+        return f"{folder}: a model's folder in the Hugging Face cache; give the one below it, snapshots/<revision>"
     endings = {
         "adapter_config.json": "a PEFT adapter, not a model; use the folder of its base model",
         ".gguf": "GGUF weights, which are quantised for inference; use the original safetensors checkpoint",

@@ -207,6 +207,12 @@ class Checkpoint:
                 raise UserError(
                     f"{join(self.folder, shard)}: has no tensor {name}, though {INDEX_NAME} places it there"
                 )
+        for shard, file in files.items():
+            if twice := [name for name in file.tensors if self._home.get(name, shard) != shard]:
+                raise UserError(
+                    f"{join(self.folder, shard)}: holds {twice[0]}, which {INDEX_NAME} places in"
+                    f" {self._home[twice[0]]}: which of the two counts depends on the reader; copy the checkpoint again"
+                )
         return files
 
     def names(self) -> list[str]:

@@ -8,7 +8,7 @@ import fsspec
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from gemma4_tpu import storage
 from gemma4_tpu.errors import UserError
@@ -172,6 +172,14 @@ def test_a_tensor_that_only_the_index_knows_is_named(sharded):
         Checkpoint(str(sharded))
 
 
+def test_a_tensor_that_two_shards_hold_is_named(sharded):
+    first, second, *_ = sorted(sharded.glob("*.safetensors"))
+    name, copy = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: copy}, second)
+    with pytest.raises(UserError, match=rf"{second}: holds {name}, which \S+ places in {first.name}"):
+        Checkpoint(str(sharded))
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -179,6 +187,7 @@ def test_a_tensor_that_only_the_index_knows_is_named(sharded):
         ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "a PEFT adapter, not a model"),
         ({"pytorch_model-00001-of-00002.bin": ""}, "pickled PyTorch weights"),
         ({"gemma-4-Q4_K_M.gguf": ""}, "GGUF weights"),
+        ({"refs": "", "snapshots": ""}, r"Hugging Face cache; give the one below it, snapshots/<revision>"),
         ({"model-00001-of-00002.safetensors": ""}, "model.safetensors or its index; copy those too"),
         ({"README.md": ""}, "found README.md"),
         ({"model.safetensors.index.json": "{}"}, "has no weight_map"),
