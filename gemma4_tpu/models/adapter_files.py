@@ -41,6 +41,8 @@ _READ = {
     "modules_to_save", "target_parameters", "use_dora",
 }  # fmt: skip
 _OFF: tuple[Any, ...] = (None, False, "none", [], {})
+MERGE_FIRST = "merge it into its base first (with peft: merge_and_unload) and give model.path=<merged folder>"
+"""What works for adapters that this project cannot represent."""
 _ON_THE_SAME_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base weights unchanged."""
 
@@ -128,18 +130,19 @@ def read_peft(folder: str) -> PeftAdapter:
 
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
+    if str(config.get("peft_type")).upper() != "LORA":
+        raise UserError(f"{where}: peft_type={config.get('peft_type')}: only LORA adapters can be used")
     problems = [
-        f"{key}={config[key]}: contains regular expressions; only module names are read"
+        f"{key}={config[key]}: contains regular expressions, but only module names are read; write those that it"
+        " matches"
         for key in ("rank_pattern", "alpha_pattern")
         if not (isinstance(found := config.get(key) or {}, dict) and all(_NAME.fullmatch(name) for name in found))
     ]
-    if str(config.get("peft_type")).upper() != "LORA":
-        problems.append(f"peft_type={config.get('peft_type')}: only LORA adapters can be used")
-    problems += [
-        f"{key}={value}: changes more than plain LoRA does"
-        for key, value in config.items()
-        if key not in _READ | _WITHOUT_EFFECT and value not in _OFF
+    more = [
+        f"{key}={value}" for key, value in config.items() if key not in _READ | _WITHOUT_EFFECT and value not in _OFF
     ]
+    if more:
+        problems.append(f"{', '.join(more)}: changes more than plain LoRA does; {MERGE_FIRST}")
     if (initial := config.get("init_lora_weights", True)) not in _ON_THE_SAME_BASE:
         problems.append(
             f"init_lora_weights={initial}: changed the base weights too; convert it with peft:"

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any
@@ -27,12 +27,12 @@ from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models import in_full
 from gemma4_tpu.models import lora as adapters
-from gemma4_tpu.models.adapted import Adapted
-from gemma4_tpu.models.adapter_files import CONFIG, Given, read_peft
+from gemma4_tpu.models.adapted import Adapted, scaled_by
+from gemma4_tpu.models.adapter_files import CONFIG, MERGE_FIRST, Given, read_peft
 from gemma4_tpu.models.layout import Layout, Leaf, build_tree, get
 from gemma4_tpu.models.names import Tensor, adapted_tensors, some
 from gemma4_tpu.models.weights import ROLES
-from gemma4_tpu.storage import list_folder
+from gemma4_tpu.storage import join, list_folder
 from gemma4_tpu.tracking.records import START, read_record, write_record
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.training.start_in_full import StartInFull
@@ -172,6 +172,8 @@ def open_start(lora: LoraConfig, arch: Architecture, resume_from: int | None = N
         source, sha256, base, given, whole = run.source, run.sha256, run.base, dict(run.weights), run.whole
     else:
         found = f"it contains {some(present)}" if present else "no such folder, or an empty one"
+        if below := [name for name in present if CONFIG in list_folder(join(lora.start, name))]:
+            found = f"give one of the adapters below it: {some([join(lora.start, name) for name in below])}"
         raise UserError(
             f"lora.start={lora.start}: neither a run folder (config.yaml) nor a PEFT adapter ({CONFIG}): {found}"
         )
@@ -184,7 +186,7 @@ def open_start(lora: LoraConfig, arch: Architecture, resume_from: int | None = N
     if not start.given and not whole:
         raise UserError(f"lora.start={lora.start}: {source} adds nothing: B is zero everywhere")
     unfit = [*_unmatched(start, arch), *_lengths(start), *_shapes(start), *start.whole.problems(arch)]
-    if problems := unfit or _unrepresentable(start):
+    if problems := unfit or _unrepresentable(start, arch):
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise UserError(f"lora.start={lora.start}: this run can't start from {source}:{listed}")
     return start
@@ -247,30 +249,59 @@ def _shapes(start: Start) -> list[str]:
     return [f"{len(wrong)} of its weights have another shape: {some(wrong)}; it is another model's"] if wrong else []
 
 
-def _unrepresentable(start: Start) -> list[str]:
+def _unrepresentable(start: Start, arch: Architecture) -> list[str]:
     """Ranks and scales that could not be preserved exactly."""
-    lora, adapted = start.lora, start.adapted
     needed = {t.name: _rank_of(start, t) for t in start.tensors.values()}
-    experts = [name for name in needed if start.tensors[name].weight.each]
-    rank = max([lora.rank, *(ranks for name, ranks in needed.items() if name not in experts)])
-    scale, _ = Counter(given.scale for given in start.given.values()).most_common(1)[0]
-    fitting = f"lora.rank={rank} lora.alpha={scale * (math.sqrt(rank) if lora.rslora else rank):.9g}"
+    over, odd = _over(needed, start.adapted), _odd(start, start.adapted)
+    if not over and not odd:
+        return []
+    experts = {name for name in needed if start.tensors[name].weight.each}
+    lora = _fitting(start, needed, experts)
+    fitting = f"lora.rank={lora.rank} lora.alpha={lora.alpha:.9g}"
+    of_experts = [name for name in over if name in experts]
+    if of_experts:
+        fitting += f" lora.expert_rank={lora.expert_rank}"
+    else:
+        lora = replace(lora, expert_rank=start.lora.expert_rank)
+    fitting += " without lora.ranks" if start.lora.ranks else ""
+    with_it = Layout.of(arch, lora).adapted
+    advice = MERGE_FIRST if _over(needed, with_it) or _odd(start, with_it) else f"give {fitting}"
     lines = []
-    over = [name for name, ranks in needed.items() if ranks > adapted[name].rank]
-    if of_experts := [name for name in over if name in experts]:
-        wanted, there = max(needed[name] for name in of_experts), adapted[of_experts[0]].rank
-        fitting += f" lora.expert_rank={wanted}"
-        lines.append(f"its experts need rank {wanted}, lora.expert_rank is {there}: {some(of_experts)}; give {fitting}")
+    if of_experts:
+        there = start.adapted[of_experts[0]].rank
+        wanted = max(needed[name] for name in of_experts)
+        lines.append(f"its experts need rank {wanted}, lora.expert_rank is {there}: {some(of_experts)}; {advice}")
     if over := [name for name in over if name not in experts]:
         shared = any(start.tensors[name].several for name in over)
         why = " (K and V share A here, its have one each, so their ranks add up)" if shared else ""
-        lines.append(f"it needs rank {rank}{why}, lora.rank is {lora.rank}: {some(over)}; give {fitting}")
+        rank = max(needed[name] for name in over)
+        lines.append(f"it needs rank {rank}{why}, lora.rank is {start.lora.rank}: {some(over)}; {advice}")
+    if odd:
+        listed = "; ".join(f"its scale is {there:.9g}, here it is {here:.9g}" for there, here in odd)
+        lines.append(f"{listed}: not a power of two apart, so that B would be rounded; {advice}")
+    return lines
+
+
+def _fitting(start: Start, needed: Mapping[str, int], experts: Collection[str]) -> LoraConfig:
+    """This run's settings with ranks and alpha that fit the given adapters if these have a single scale."""
+    lora = start.lora
+    rank = max([lora.rank, *(ranks for name, ranks in needed.items() if name not in experts)])
+    scale, _ = Counter(given.scale for given in start.given.values()).most_common(1)[0]
+    alpha = float(f"{scale * scaled_by(rank, lora.rslora):.9g}")
+    of_experts = max((needed[name] for name in experts), default=None)
+    return replace(lora, rank=rank, alpha=alpha, expert_rank=of_experts, ranks={})
+
+
+def _over(needed: Mapping[str, int], adapted: Mapping[str, Adapted]) -> list[str]:
+    """The tensors that need a higher rank."""
+    return [name for name, rank in needed.items() if rank > adapted[name].rank]
+
+
+def _odd(start: Start, adapted: Mapping[str, Adapted]) -> list[tuple[float, float]]:
+    """(given scale, this run's) of weights whose B would be rounded."""
     ours = {name: adapted[t.name].scale for t in start.tensors.values() for name in t.hf_names}
     pairs = sorted({(given.scale, ours[name]) for name, given in start.given.items()})
-    if odd := [(there, here) for there, here in pairs if _ratio(there, here) is None]:
-        listed = "; ".join(f"its scale is {there:.9g}, here it is {here:.9g}" for there, here in odd)
-        lines.append(f"{listed}: not a power of two apart, so that B would be rounded; give {fitting}")
-    return lines
+    return [(there, here) for there, here in pairs if _ratio(there, here) is None]
 
 
 def _rank_of(start: Start, tensor: Tensor) -> int:

@@ -298,6 +298,8 @@ REFUSALS = {
     "ranks add up": ({"rank": 4, "alpha": 8.0}, {}, r"needs rank 8 \(K and V share A.*lora.rank=8 lora.alpha=16\b"),
     "rank too small": ({"rank": 2}, {}, "lora.rank is 2"),
     "scale": ({"rank": 8, "alpha": 12.0}, {}, r"scale is 2, here it is 1.5.*give lora.rank=8 lora.alpha=16\b"),
+    "scales that no alpha fits": ({}, {"alpha_pattern": {"q_proj": 24}}, r"scale is 6, here it is 2: .*rounded; merge"),
+    "more than LoRA": ({}, {"bias": "lora_only"}, r"bias=lora_only: .*merge_and_unload\) and give model.path="),
     "targets": (
         {"targets": ["mlp"]},
         {},
@@ -309,7 +311,7 @@ REFUSALS = {
     "PiSSA": ({}, {"init_lora_weights": "pissa"}, "init_lora_weights=pissa: changed the base weights"),
     "another method": ({}, {"peft_type": "LOHA"}, "peft_type=LOHA: only LORA"),
     "another rank in the configuration": ({}, {"r": 5}, "says rank 5"),
-    "a pattern": ({}, {"alpha_pattern": {"(a+)+b": 3}}, "regular expressions; only module names are read"),
+    "a pattern": ({}, {"alpha_pattern": {"(a+)+b": 3}}, "regular expressions, but only module names are read"),
 }
 
 
@@ -371,6 +373,9 @@ def test_other_folders_are_refused(run_of, tmp_path, dense):
         open_start(LoraConfig(start=str(full)), arch_of(base))
     with pytest.raises(UserError, match=r"neither a run folder .* nor a PEFT adapter"):
         open_start(LoraConfig(start=str(base)), arch_of(base))
+    shutil.copytree(dense[1], tmp_path / "trainer" / "checkpoint-40")
+    with pytest.raises(UserError, match=rf"give one of the adapters below it: {tmp_path}/trainer/checkpoint-40$"):
+        open_start(LoraConfig(start=str(tmp_path / "trainer")), arch_of(dense[0]))
 
 
 def test_which_checkpoint(run_of):
