@@ -5,12 +5,13 @@ Times are seconds of `time.perf_counter`, read when a chunk arrives, before it i
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import resource
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,20 @@ _TROUBLE = (aiohttp.ClientError, OSError, TimeoutError)
 _JSON = {"Content-Type": "application/json"}
 _PIECE = 50_000  # characters of a text per request to the tokenizer
 _SHOWN = 300  # characters of a server's message
-_HITS = re.compile(r"^vllm:(?:gpu_)?prefix_cache_(hits|queries)(?:_total)?(?:\{[^}]*\})? ([-+.\deE]+)", re.MULTILINE)
+_ASIDE = aiohttp.ClientTimeout(total=30.0)  # for what a measurement must not wait for
+_HITS = re.compile(
+    r"^vllm:(?:gpu_)?prefix_cache_(hits|queries)(?:_total)?(?:\{[^}]*\})? (\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s",
+    re.MULTILINE,
+)
+_COMPLETE = (None, "stop", "length")
+"""Reasons to finish of complete answers, as OpenAI defines them; others, such as vLLM's `abort` and `error`, are of
+answers that the server gave up.
+"""
+_MOST_TOKENS = 2**53
+
+
+class UnusableAnswerError(Exception):
+    """The answer is not a whole completion; the message says why."""
 
 
 @dataclass
@@ -107,10 +121,10 @@ async def find_target(endpoint: str, name: str | None) -> Target:
             if response.status in (401, 403):
                 raise UserError(f"{given}: {await _said(response)}; is {KEY} in the environment right?")
             response.raise_for_status()
-            models = {model["id"]: model for model in json.loads(await response.read())["data"]}
+            models = _listed(await response.read())
     except UserError:
         raise
-    except (*_TROUBLE, LookupError, TypeError, ValueError) as error:
+    except (*_TROUBLE, ValueError) as error:
         raise UserError(f"{given}: lists no models ({str(error) or repr(error)}); is a server running there?") from None
     if name is None and len(models) != 1:
         raise UserError(
@@ -119,7 +133,20 @@ async def find_target(endpoint: str, name: str | None) -> Target:
     if name is not None and name not in models:
         raise UserError(f"bench.served_model_name={name}: the server has {', '.join(models) or 'no model'}; give one")
     name = name or next(iter(models))
-    return Target(endpoint, name, models[name].get("max_model_len"))
+    longest = models[name].get("max_model_len")
+    return Target(endpoint, name, longest if isinstance(longest, int) and longest > 0 else None)
+
+
+def _listed(answer: bytes) -> dict[str, dict[str, Any]]:
+    """The models of `/v1/models` by their ids; raises `ValueError` if these are no models."""
+    try:
+        listed = json.loads(answer)["data"]
+        models = {model["id"]: model for model in listed}
+    except (LookupError, TypeError, ValueError, RecursionError):
+        models = None
+    if models is None or not all(isinstance(name, str) for name in models):
+        raise ValueError("the answer is not a list of models, each with a text as its id")
+    return models
 
 
 async def tokens_of(target: Target, path: str, text: str) -> list[int]:
@@ -148,8 +175,8 @@ async def tokens_of(target: Target, path: str, text: str) -> list[int]:
 async def prefix_cache_tokens(client: aiohttp.ClientSession, endpoint: str) -> tuple[float, float] | None:
     """(prompt tokens found in the prefix cache, prompt tokens looked up) since the start; None: not reported."""
     try:
-        async with client.get(f"{endpoint}/metrics") as response:
-            text = await response.text() if response.status == 200 else ""
+        async with client.get(f"{endpoint}/metrics", timeout=_ASIDE) as response:
+            text = await response.text(errors="replace") if response.status == 200 else ""
     except _TROUBLE:
         return None
     totals = {"hits": 0.0, "queries": 0.0}
@@ -159,57 +186,118 @@ async def prefix_cache_tokens(client: aiohttp.ClientSession, endpoint: str) -> t
     return (totals["hits"], totals["queries"]) if found else None
 
 
+def prefix_cache_growth(
+    before: tuple[float, float] | None, after: tuple[float, float] | None
+) -> tuple[float, float] | tuple[None, None]:
+    """(hits, queries) from one reading of `prefix_cache_tokens` to the next. (None, None): unknown, as not reported, or
+    reported by different servers behind one address, or by one that started in between.
+    """
+    if before is None or after is None:
+        return None, None
+    hits, queries = after[0] - before[0], after[1] - before[1]
+    return (hits, queries) if 0 <= hits <= queries else (None, None)
+
+
 async def ask(client: aiohttp.ClientSession, target: Target, body: bytes, answer: TimedAnswer) -> None:
     """Sends one request and fills in the answer, or the reason why it failed."""
+    patience = client.timeout.sock_read
     try:
         answer.sent_at = time.perf_counter()
-        async with client.post(f"{target.endpoint}/v1/completions", data=body, headers=_JSON) as response:
+        async with (
+            asyncio.timeout(patience) as quiet,
+            client.post(f"{target.endpoint}/v1/completions", data=body, headers=_JSON) as response,
+        ):
             if response.status != 200:
-                answer.error = await _said(response)
-                return
-            ended = await _follow(response, answer)
-        if answer.error is None and answer.first_at is None:
-            answer.error = "the answer contains no token"
-        elif answer.error is None and not ended:
-            answer.error = f"the answer broke off after {answer.chunks} chunks"
-    except (*_TROUBLE, LookupError, TypeError, AttributeError, ValueError) as error:
+                raise UnusableAnswerError(await _said(response))
+            await _follow(response, answer, lambda: _extend(quiet, patience))
+    except UnusableAnswerError as error:
+        answer.error = str(error)
+    except aiohttp.ConnectionTimeoutError as error:
+        answer.error = f"no connection within {CONNECT_SECONDS:g} s: {error}"[:_SHOWN]
+    except TimeoutError:
+        answer.error = f"no chunk within {patience:g} s (bench.request_timeout_seconds)"
+    except (*_TROUBLE, ValueError) as error:
         answer.error = f"{type(error).__name__}: {error}"[:_SHOWN]
 
 
-async def _follow(response: aiohttp.ClientResponse, answer: TimedAnswer) -> bool:
-    """Records when chunks arrive; returns whether the server marked the end."""
-    ended = False
+def _extend(quiet: asyncio.Timeout, seconds: float | None) -> None:
+    """Restarts the wait for a chunk: comments that keep a connection alive don't."""
+    if seconds is not None:
+        quiet.reschedule(asyncio.get_running_loop().time() + seconds)
+
+
+async def _follow(response: aiohttp.ClientResponse, answer: TimedAnswer, came: Callable[[], None]) -> None:
+    """Records when chunks arrive; calls `came` for each.
+
+    Raises:
+      UnusableAnswerError: the answer is not a whole completion.
+    """
+    events, ended, finish, stray = 0, False, None, b""
     async for now, data in _events(response):
+        came()
+        events += 1
         if data == b"[DONE]":
             ended = True
             break
-        chunk = json.loads(data)
+        chunk = _chunk(data)
         if chunk.get("error"):
-            answer.error = str(chunk["error"])[:_SHOWN]
-            return True
-        if usage := chunk.get("usage"):
-            answer.output_tokens, answer.counted = usage["completion_tokens"], True
-        if choices := chunk.get("choices"):
+            raise UnusableAnswerError(_short(chunk["error"]))
+        usage, choices = chunk.get("usage"), chunk.get("choices")
+        if usage and (tokens := usage.get("completion_tokens")) is not None:
+            answer.output_tokens, answer.counted = _count(tokens), True
+        if choices:
             if answer.first_at is None or answer.last_at is None:
                 answer.first_at = now
             else:
                 answer.gaps_seconds.append(now - answer.last_at)
             answer.last_at = now
-            ended = ended or choices[0].get("finish_reason") is not None
+            finish = choices[0].get("finish_reason") or finish
+        elif choices is None and not usage:
+            stray = data
     if not answer.counted:
         answer.output_tokens = answer.chunks
-    return ended
+    told = f"; the server says {_short(stray)}" if stray else ""
+    if not events:
+        raise UnusableAnswerError(f"the answer contains no events; its content-type is {response.content_type}")
+    if answer.first_at is None:
+        raise UnusableAnswerError(f"the answer contains no token{told}")
+    if finish is None and (stray or not ended):
+        raise UnusableAnswerError(f"the answer broke off after {answer.chunks} chunks{told}")
+    if finish not in _COMPLETE:
+        raise UnusableAnswerError(f"the answer ended with finish_reason {_short(finish)} after {answer.chunks} chunks")
+
+
+def _chunk(data: bytes) -> dict[str, Any]:
+    """A chunk of a completion, whose parts have the right types."""
+    try:
+        chunk = json.loads(data)
+    except (ValueError, RecursionError):
+        chunk = None
+    if isinstance(chunk, dict):
+        usage, choices = chunk.get("usage"), chunk.get("choices")
+        first = choices[0] if isinstance(choices, list) and choices else {}
+        if isinstance(usage, dict | None) and isinstance(choices, list | None) and isinstance(first, dict):
+            return chunk
+    raise UnusableAnswerError(f"not a chunk of a completion: {_short(data)}")
+
+
+def _count(tokens: Any) -> int:
+    """The server's count of an answer's tokens."""
+    is_number = isinstance(tokens, int | float) and not isinstance(tokens, bool)
+    if not is_number or not 0 <= tokens < _MOST_TOKENS or tokens % 1:
+        raise UnusableAnswerError(f"usage.completion_tokens={_short(repr(tokens))} is not a number of tokens")
+    return int(tokens)
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[tuple[float, bytes]]:
-    """(arrival time, data) of each server-sent event."""
+    """(arrival time, data) of each server-sent event; those without data are no events."""
     rest = b""
     async for piece in response.content.iter_any():
         now = time.perf_counter()
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
-            if line.startswith(b"data:"):
-                yield now, line[5:].strip()
+            if line.startswith(b"data:") and (data := line[5:].strip()):
+                yield now, data
 
 
 def request_body(target: Target, prompt: list[int], output_tokens: int, temperature: float, seed: int | None) -> bytes:
@@ -221,5 +309,11 @@ def request_body(target: Target, prompt: list[int], output_tokens: int, temperat
     return json.dumps(body if seed is None else {**body, "seed": seed}).encode()
 
 
+def _short(said: Any) -> str:
+    """What a server says, in one line."""
+    text = said.decode(errors="replace") if isinstance(said, bytes) else said if isinstance(said, str) else repr(said)
+    return " ".join(text.split())[:_SHOWN]
+
+
 async def _said(response: aiohttp.ClientResponse) -> str:
-    return f"{response.status}: {' '.join((await response.text(errors='replace')).split())[:_SHOWN]}"
+    return f"{response.status}: {_short(await response.text(errors='replace'))}"

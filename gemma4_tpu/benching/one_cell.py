@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import re
 import time
@@ -14,9 +15,19 @@ import aiohttp
 
 from gemma4_tpu.benching import latencies
 from gemma4_tpu.benching.cells import Cell, arrivals_seconds, generator
-from gemma4_tpu.benching.client import Target, TimedAnswer, ask, prefix_cache_tokens, request_body, session
+from gemma4_tpu.benching.client import (
+    Target,
+    TimedAnswer,
+    ask,
+    prefix_cache_growth,
+    prefix_cache_tokens,
+    request_body,
+    session,
+)
 from gemma4_tpu.benching.prompts import PromptSource, longest_sequence
 from gemma4_tpu.config.serving import BenchConfig
+
+log = logging.getLogger(__name__)
 
 OK, OVERLOADED, INFEASIBLE, FAILED = "ok", "overloaded", "infeasible", "failed"
 MEASURED = (OK, OVERLOADED)
@@ -57,6 +68,8 @@ async def run_cell(
         warm = await _send(client, target, bodies[count:], [0.0] * warmup, lambda done, failed: None)
         if refused := next((a.error for a in warm[1] if a.error and _TOO_LONG.match(a.error)), None):
             return {**about, "state": INFEASIBLE, "reason": refused}
+        if failed := [a.error for a in warm[1] if a.error]:
+            log.warning("%s: %d of %d warm-up requests failed: %s", cell.shown, len(failed), warmup, failed[0])
         # Read after the warm-up, whose prompts are not part of the cell.
         before = await prefix_cache_tokens(client, target.endpoint)
         if cell.users is not None:
@@ -68,11 +81,12 @@ async def run_cell(
         after = await prefix_cache_tokens(client, target.endpoint)
     if answers and all(a.error and _TOO_LONG.match(a.error) for a in answers):
         return {**about, "state": INFEASIBLE, "reason": answers[0].error}
+    hits, queries = prefix_cache_growth(before, after)
     return {
         **about,
         **measured(config, cell, answers, seconds),
-        "prefix_cache_hit_tokens": after[0] - before[0] if before and after else None,
-        "prefix_cache_query_tokens": after[1] - before[1] if before and after else None,
+        "prefix_cache_hit_tokens": hits,
+        "prefix_cache_query_tokens": queries,
         **latencies.raw(answers, started),
     }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.benching.cells import Cell, generator
-from gemma4_tpu.benching.client import prefix_cache_tokens, session
+from gemma4_tpu.benching.client import prefix_cache_growth, prefix_cache_tokens, session
 from gemma4_tpu.benching.one_cell import FAILED, OK
 from gemma4_tpu.benching.vllm_place import InContainer, OnThisMachine, VllmPlace
 from gemma4_tpu.config.serving import BenchConfig, ServingConfig
@@ -77,8 +77,7 @@ class VllmClient:
             return {**about, "state": FAILED, "reason": f"exit code {code}: {_last_line(output)}"}
         found = json.loads(text)
         found.pop("generated_texts", None)
-        after = self._prefix_cache()
-        hits, queries = (b - a for a, b in zip(before, after, strict=True)) if before and after else (None, None)
+        hits, queries = prefix_cache_growth(before, self._prefix_cache())
         return {
             **about, **_judged(found, cell.requests(self._bench)), **found,
             "prefix_cache_hit_tokens": hits, "prefix_cache_query_tokens": queries,

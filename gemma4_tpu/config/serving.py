@@ -161,7 +161,7 @@ class BenchConfig:
     max_model_len: int | None = None
     """Longest sequence in tokens: longer cells are infeasible. null: as the server reports."""
     request_timeout_seconds: float = 3600.0
-    """A request fails when nothing arrives for this long."""
+    """A request fails when no chunk arrives for this long; comments that keep a connection alive do not count."""
     cross_check: bool = False
     """Also put the same cells under the load of `vllm bench serve`, run in the container of the server of `served` or
     by its command, three rounds of both clients in turn, and compare the medians."""

@@ -139,7 +139,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
         notes.append(f"{result['short_answers']} answers shorter than requested")
     if result["tokens_counted_by"] == "chunks":
         notes.append("the server reports no usage: chunks counted as tokens")
-    elif result["chunks_per_token"] < 0.95:
+    elif (result["chunks_per_token"] or 1.0) < 0.95:  # None: no tokens
         notes.append(f"{result['chunks_per_token']:.2f} chunks per token")
     return notes
 

@@ -15,6 +15,7 @@ SCRIPT = {
     "chunk_seconds": 0.0,  # from one chunk to the next
     "tokens_per_chunk": 1,
     "usage": True,
+    "counted": None,  # tokens of each answer by its usage; None: as many as there are
     "max_model_len": None,  # told by /v1/models
     "refuse_over": None,  # 400 for a longer prompt
     "fail_every": None,  # every n-th answer of a cell breaks off
@@ -85,7 +86,8 @@ async def complete(writer, asked_for, came):
     # before the end of the answer: a test that has it reads this
     print(json.dumps({"came": came, "sent": sent, "asked": asked_for}), flush=True)
     if SCRIPT["usage"]:
-        event(writer, {"choices": [], "usage": {"prompt_tokens": len(prompt), "completion_tokens": tokens}})
+        counted = tokens if SCRIPT["counted"] is None else SCRIPT["counted"]
+        event(writer, {"choices": [], "usage": {"prompt_tokens": len(prompt), "completion_tokens": counted}})
     event(writer, "[DONE]")
     writer.write(b"0\r\n\r\n")
 
