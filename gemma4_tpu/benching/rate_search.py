@@ -38,11 +38,11 @@ class RateFound:
     input_tokens: int
     output_tokens: int
     rate: float | None = None
-    """The highest rate that keeps the limits, in requests per second; None: none does."""
+    """The highest rate that keeps the limits, in requests per second; None: none does, or none breaks them."""
     cells: tuple[str, ...] = ()
     """Names of the trials at that rate."""
     breaks_at: float | None = None
-    """The lowest rate tried above it, which breaks a limit."""
+    """The lowest rate tried above it, which breaks a limit; None: none did."""
     breaks_by: str | None = None
     """The limit that breaks there; without a rate: why there is none."""
     trials: int = 0
@@ -51,6 +51,8 @@ class RateFound:
     def told(self) -> str:
         """The result in a sentence."""
         lengths = f"{self.input_tokens:,} in, {self.output_tokens:,} out"
+        if self.rate is None and self.breaks_at is None:
+            return f"{lengths}: no rate found: {self.breaks_by}"
         if self.rate is None:
             return f"{lengths}: no rate keeps the limits ({self.breaks_by})"
         return f"{lengths}: {self.rate:g} requests/s keep the limits; {self.breaks_at:g} don't ({self.breaks_by})"
@@ -125,6 +127,12 @@ class RateSearch:
             if high <= low * (1 + PRECISION):
                 if self._is_confirmed(low):
                     return self._found(low, self._broken[-1][1])
+            elif math.isinf(high) and low * LAG_MS / 1000 > burst["completed"]:
+                # A client can't send faster, and from here on each factor is the square of the one before, for ever.
+                count = f"{burst['completed']:,} requests"
+                return self._found(
+                    None, f"{count} keep them even all at once; give more bench.requests, or lower limits"
+                )
             elif math.isinf(high):
                 self._try(low * step if low else start)
                 step *= step if low else 1

@@ -22,11 +22,17 @@ def _row(found: dict[str, Any]) -> list[str]:
     above = f"{found['breaks_at']:g}: {found['breaks_by']}" if found["breaks_at"] else found["breaks_by"]
     return [
         f"{found['input_tokens']:,}", f"{found['output_tokens']:,}",
-        "none" if found["rate"] is None else f"{found['rate']:g}",
+        _rate(found),
         *("–" if found[key] is None else f"{found[key]:,.2f}" for key in numbers),
         *("–" if found[key] is None else f"{found[key]:,.3g}" for key in dollars),
         str(found["trials"]), above,
     ]  # fmt: skip
+
+
+def _rate(found: dict[str, Any]) -> str:
+    if found["rate"] is not None:
+        return f"{found['rate']:g}"
+    return "–" if found["breaks_at"] is None else "none"  # unknown, or known that none keeps the limits
 
 
 def rate_facts(searched: dict[str, Any]) -> str:

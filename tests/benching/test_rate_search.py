@@ -20,6 +20,7 @@ from gemma4_tpu.config.load import load
 from gemma4_tpu.config.serving import BenchConfig
 from gemma4_tpu.costing.read import read
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.reporting.load_rates import rate_rows
 from tests.benching.conftest import cell
 
 CAPACITY, SLOTS = 20.0, 8
@@ -72,6 +73,15 @@ def test_requests_at_even_distances_find_the_capacity_itself():
     assert told["request_goodput"] == pytest.approx(found.rate, rel=0.03)  # the last answer ends after the last arrival
     assert told["saturation_request_throughput"] == pytest.approx(CAPACITY, rel=0.03)
     assert told["usd_per_million_output_tokens"] == pytest.approx(0.01 * 1e6 / (2 * told["request_goodput"]))
+
+
+def test_limits_that_no_rate_breaks():
+    """Each of eight requests has its own slot. The steps upwards used to continue through 1e300 to infinity."""
+    found, results = search(slo="e2e_p50<10s", requests=SLOTS, arrivals="fixed")
+    assert (found.rate, found.breaks_at, found.trials) == (None, None, len(results))
+    assert found.told.endswith("8 requests keep them even all at once; give more bench.requests, or lower limits")
+    assert max(c.rate for c in results if not math.isinf(c.rate)) < 1e9
+    assert rate_rows({"searches": [figures_of(found, results, usd_per_hour=36.0)]})[0][2] == "–"
 
 
 def test_a_poisson_process_finds_the_rate_of_a_long_run():
