@@ -7,13 +7,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.benching.slo import slo_problems
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import limit_problems
-from gemma4_tpu.config.paths import folder_of, name_problem
+from gemma4_tpu.config.paths import address_problems, folder_of, name_problem
 from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.serving import BenchConfig, BenchRoot, ServingConfig
 from gemma4_tpu.errors import UserError
@@ -64,8 +63,8 @@ def examine_bench(root: BenchRoot) -> tuple[BenchChecked | None, list[Refusal]]:
     endpoint = root.endpoint or (url_of(serving) if serving else "")
     if not endpoint and root.served is None:
         messages.append("endpoint is not set; give endpoint=http://127.0.0.1:8000, or served=<record of serve>")
-    elif endpoint and (urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).netloc):
-        messages.append(f"endpoint={root.endpoint}: not a server address; give one such as http://127.0.0.1:8000")
+    elif endpoint:
+        messages += address_problems("endpoint", endpoint, "http://127.0.0.1:8000")
     if root.bench.cross_check and (serving is None or serving.runner == "embedded"):
         messages += [] if root.served and serving is None else [_no_vllm(root.served)]
     if messages:

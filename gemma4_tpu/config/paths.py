@@ -10,6 +10,7 @@ import importlib.util
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from gemma4_tpu import assets
 from gemma4_tpu.errors import UserError
@@ -49,6 +50,18 @@ def name_problem(name: str) -> list[str]:
     if re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
         return []
     return [f"name={name}: part of a folder's name; give letters, digits and . _ + - only"]
+
+
+def address_problems(key: str, url: str, example: str) -> list[str]:
+    """Problems with the base URL of a server. `example`: one that would do."""
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, half of an IPv6 address
+        whole = False
+    if whole and not parts.query and not parts.fragment and not re.search(r"\s", url):
+        return []
+    return [f"{key}={url}: not a server address; give its base URL, such as {example}"]
 
 
 def secret_place(run_dir: str | None) -> list[str]:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from gemma4_tpu.checkpoint_folder import RANDOM, checkpoint_architecture, tokenizer_problem
 from gemma4_tpu.config.limits import limit_problems
-from gemma4_tpu.config.paths import folder_of, local_place, name_problem, no_folder
+from gemma4_tpu.config.paths import address_problems, folder_of, local_place, name_problem, no_folder
 from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.schema import DataSource
 from gemma4_tpu.config.tasks import EvalConfig, EvaluateRoot
@@ -73,13 +73,13 @@ def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[R
         case "samples":
             messages += _samples(root.eval.samples)
         case "endpoint":
-            messages += _endpoint(root.eval.endpoint)
+            messages += _endpoint(root)
         case "run":
             messages += _run(root)
         case "checkpoint":
             messages += _checkpoint(root)
         case "harness":
-            messages += _endpoint(root.eval.endpoint) + _harness(root) + _names(root)
+            messages += _endpoint(root) + _harness(root) + _names(root)
     if form in ("samples", "endpoint", "run", "checkpoint"):
         messages += (_accuracy(root) if root.eval.benchmark == ACCURACY else []) + _names(root)
         messages += _image_cache(root.eval, form)
@@ -143,17 +143,17 @@ def _resimulated(run_dir: str | None) -> list[str]:
     return []
 
 
+def _endpoint(root: EvaluateRoot) -> list[str]:
+    url = root.eval.endpoint or ""
+    if wrong := address_problems("eval.endpoint", url, "http://localhost:8000/v1"):
+        return wrong
+    if "@" in urlsplit(url).netloc:
+        return ["eval.endpoint: no user names or keys in the address; a key goes into OPENAI_API_KEY"]
+    return []
+
+
 def _samples(path: str | None) -> list[str]:
     return [] if path is None or Path(path).is_file() else [f"eval.samples={path}: no such file"]
-
-
-def _endpoint(url: str | None) -> list[str]:
-    parts = urlsplit(url or "")
-    if parts.scheme in ("http", "https") and parts.hostname:
-        if parts.username or parts.password:
-            return ["eval.endpoint: no user names or keys in the address; a key goes into OPENAI_API_KEY"]
-        return []
-    return [f"eval.endpoint={url}: give the base URL of the server, such as http://localhost:8000/v1"]
 
 
 def _run(root: EvaluateRoot) -> list[str]:

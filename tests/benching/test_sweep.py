@@ -141,6 +141,9 @@ def test_a_record_of_serve_says_where(played, bench, tmp_path):
     [
         ([], "endpoint is not set; give endpoint="),
         (["endpoint=127.0.0.1:8000"], "endpoint=127.0.0.1:8000: not a server address"),
+        (["endpoint='http://[::1'"], "endpoint=http://[::1: not a server address"),
+        (["endpoint=http://host:port"], "endpoint=http://host:port: not a server address"),
+        (["endpoint='http://host?key=1'"], "endpoint=http://host?key=1: not a server address"),
         (["bench.users=[1]"], "bench.rates=[1.0, 2.0"),
         (["bench.rates=[]"], "bench.rates=[], bench.users=[]: give one of them"),
         (["bench.rates=[0]"], "bench.rates: 0.0 must be more than 0"),
