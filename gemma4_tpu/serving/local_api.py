@@ -15,20 +15,15 @@ from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from gemma4_tpu.data.markup import strings
+from gemma4_tpu.serving.local_body import ApiError, read_request, whole_body
 from gemma4_tpu.serving.local_engine import READY, LocalEngine
 from gemma4_tpu.serving.local_grammar import AnswerGrammar
 from gemma4_tpu.serving.local_metrics import Metrics
 from gemma4_tpu.serving.local_process import WorkRefused
-from gemma4_tpu.serving.local_protocol import (
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    ResponseFormat,
-    TokenizeRequest,
-    read_request,
-)
+from gemma4_tpu.serving.local_protocol import ChatRequest, CompletionRequest, ResponseFormat, TokenizeRequest
 from gemma4_tpu.serving.local_reply import Reply
 from gemma4_tpu.serving.local_sampling import ABORT, ERROR, AnswerPiece, GeneratedAnswer
 
@@ -36,8 +31,6 @@ GONE_SECONDS = 0.25
 """Interval between checks whether a client is still connected."""
 CHARACTERS_PER_TOKEN = 64
 """A prompt with more characters than this per token that fits is refused unread."""
-BODY_BYTES = 32 * 2**20
-"""Limit for a request."""
 
 
 class _Prompt(NamedTuple):
@@ -209,8 +202,9 @@ class Api:
     ) -> Response:
         """Answers every prompt `n` times, as one reply or a stream."""
         is_chat = isinstance(body, ChatRequest)
-        if len(prompts) * body.n > self._longest:
-            raise ApiError(400, f"{len(prompts)} prompts are too many", param="messages" if is_chat else "prompt")
+        if (count := len(prompts) * body.n) > self._longest:
+            told = f"{len(prompts)} prompts, n={body.n}: {count} answers; a request can have up to {self._longest}"
+            raise ApiError(400, told, param="n" if is_chat else "prompt")
         for tokens, _ in prompts:
             wanted = 1 if body.limit is None else body.limit
             if len(tokens) + wanted > self._longest:
@@ -321,21 +315,10 @@ def _http_error(request: Request, error: Any) -> Response:
     """Error for an unknown page or method; requests for a page's methods are answered."""
     if request.method == "OPTIONS" and error.status_code == 405:
         return Response(status_code=204, headers=error.headers)
-    return _error(ApiError(error.status_code, error.detail), error.headers)
-
-
-async def whole_body(request: Request) -> bytes:
-    """Raises `ApiError` if the body is not declared as JSON, or too large."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        told = f"the content-type is {kind}" if kind else "there is no content-type"
-        raise ApiError(415, f"{told}; send application/json")
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > BODY_BYTES:
-            raise ApiError(413, f"the body has more than {BODY_BYTES} bytes")
-    return bytes(body)
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    pages = ", ".join(f"{method} {route.path}" for route in routes for method in sorted(route.methods or ()))
+    told = f"{error.detail}: {request.method} {request.url.path}; this server has {pages}"
+    return _error(ApiError(error.status_code, told), error.headers)
 
 
 def api_key() -> str | None:

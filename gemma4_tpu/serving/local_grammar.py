@@ -60,7 +60,7 @@ class AnswerGrammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise WorkRefused(self._matcher.get_error().splitlines()[0][:_SHOWN])
+            raise WorkRefused(" ".join(self._matcher.get_error().split())[:_SHOWN])
 
 
 class Grammars:

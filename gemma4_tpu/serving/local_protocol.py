@@ -1,4 +1,4 @@
-"""OpenAI's completions as the embedded server accepts them: requests with their limits, and errors.
+"""OpenAI's completions as the embedded server accepts them: requests with their limits.
 
 Keys that OpenAI or vLLM define and this server does not support are refused, unless they have no effect (null, 0,
 false, …).
@@ -6,13 +6,13 @@ false, …).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from gemma4_tpu.serving.local_body import ApiError, read_json
 from gemma4_tpu.serving.local_sampling import AnswerSampling
 
 MOST_CHOICES = 64
@@ -20,9 +20,6 @@ MOST_STOPS = 64
 """Each is searched for after every token."""
 MOST_LOGPROBS = 20
 """Maximal number of most likely tokens reported per token, as in OpenAI and vLLM."""
-DEEPEST = 100
-"""Maximal nesting of lists and objects in a body."""
-Form = TypeVar("Form", bound=BaseModel)
 _SILENT: tuple[Any, ...] = (None, False, 0, "", [], {}, "none", "auto", "text", {"type": "text"})
 _USUAL = {
     "best_of": 1, "length_penalty": 1, "skip_special_tokens": True, "spaces_between_special_tokens": True,
@@ -31,61 +28,6 @@ _USUAL = {
 """Values of other keys that have no effect: these keys are not off when omitted."""
 _NOTHING_TO_DO = ("user", "metadata", "request_id", "priority", "service_tier", "safety_identifier", "prompt_cache_key",
                   "store")  # fmt: skip
-
-
-class ApiError(Exception):
-    """Becomes `{"error": …}`."""
-
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    def plain(self) -> dict[str, Any]:
-        """In OpenAI's format."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-
-def read_request(form: type[Form], body: bytes) -> Form:
-    """Parses the body of a POST.
-
-    Raises:
-      ApiError: it is not JSON, contains text that is not Unicode, or does not match the schema.
-    """
-    try:
-        value = read_json(body)
-    except ValueError as error:
-        raise ApiError(400, f"the body is not readable JSON: {error}") from None
-    try:
-        return form.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"])) or None
-        told = first["msg"].removeprefix("Value error, ")
-        raise ApiError(400, f"{place or 'body'}: {told}", param=place) from None
-
-
-def read_json(text: str | bytes) -> Any:
-    """Raises `ValueError` for anything that is not JSON, nests too deeply, or contains text that is not Unicode."""
-    try:
-        value = json.loads(text, parse_constant=_no_number)
-    except RecursionError:
-        raise ValueError(f"more than {DEEPEST} levels") from None
-    level = [value]
-    for _ in range(DEEPEST + 1):
-        holders = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
-        level = [item for holder in holders for item in holder]
-    if level:
-        raise ValueError(f"more than {DEEPEST} levels")
-    try:  # a tokenizer cannot read half of a surrogate pair
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("a lone surrogate, which is not a character") from None
-    return value
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 class StreamOptions(BaseModel):
@@ -145,6 +87,21 @@ class _Request(BaseModel):
     response_format: ResponseFormat | None = None
     return_tokens_as_token_ids: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls_are_omitted(cls, value: Any) -> Any:
+        """OpenAI's schema allows null for most keys; here where null has no meaning of its own, it is the default."""
+        plain = {name for name, field in cls.model_fields.items() if type(None) not in get_args(field.annotation)}
+        if not isinstance(value, dict):
+            return value
+        return {key: given for key, given in value.items() if given is not None or key not in plain}
+
+    @model_validator(mode="after")
+    def _streams(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options: only with stream: true", param="stream_options")
+        return self
+
     @property
     def limit(self) -> int | None:
         """Maximal number of tokens of an answer; None: not given."""
@@ -164,7 +121,8 @@ class _Request(BaseModel):
         for key, value in (self.model_extra or {}).items():
             silent = value in (None, _USUAL[key]) if key in _USUAL else value in _SILENT
             if key not in _NOTHING_TO_DO and not silent:
-                raise ApiError(400, f"{key} is not supported by this server", param=key, code="unsupported_parameter")
+                told = f"{key} is not supported by this server; leave it out"
+                raise ApiError(400, told, param=key, code="unsupported_parameter")
 
     def sampling(self, defaults: Mapping[str, float], room: int, choice: int) -> AnswerSampling:
         """The request's settings, else the checkpoint's `defaults`. `room`: tokens that fit after the prompt."""
@@ -198,7 +156,7 @@ class CompletionRequest(_Request):
     @model_validator(mode="after")
     def _says_something(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens: Input should be greater than 0, except with echo")
+            raise ApiError(400, "max_tokens: Input should be greater than 0, except with echo", param="max_tokens")
         return self
 
     @property
@@ -293,7 +251,7 @@ class ChatRequest(_Request):
     @model_validator(mode="after")
     def _asks_for_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs: needs logprobs: true")
+            raise ApiError(400, "top_logprobs: only with logprobs: true", param="top_logprobs")
         return self
 
     @property

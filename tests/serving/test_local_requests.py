@@ -1,5 +1,6 @@
 """No request ends or hangs the embedded server: hostile ones are refused in OpenAI's form, the next one is answered."""
 
+import asyncio
 import json
 import shutil
 import signal
@@ -13,7 +14,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from gemma4_tpu.serving.local_api import BODY_BYTES
+from gemma4_tpu.serving.local_api import Api
+from gemma4_tpu.serving.local_body import BODY_BYTES
 from gemma4_tpu.serving.local_engine import READY, LocalEngine
 from gemma4_tpu.serving.local_metrics import Metrics
 from gemma4_tpu.serving.local_process import WorkRefused
@@ -21,7 +23,19 @@ from gemma4_tpu.serving.local_template import TemplateProcess
 from gemma4_tpu.templates import arguments
 from tests.ports import free_port
 from tests.serving import TINY
-from tests.serving.local_requests import ASK, CHAT, SPIN, called, chat, completions, schema, send, started, tool
+from tests.serving.local_requests import (
+    ASK,
+    CHAT,
+    LONGEST,
+    SPIN,
+    called,
+    chat,
+    completions,
+    schema,
+    send,
+    started,
+    tool,
+)
 
 VOCABULARY = 512
 
@@ -71,7 +85,15 @@ ENDLESS = {"allOf": [{"type": "string", "pattern": f"a.*{number}"} for number in
         (completions(b'{"prompt": "x", "max_tokens": 1' + b"0" * 5000 + b"}"), 400, "not readable JSON"),
         (completions(b" " * (BODY_BYTES + 1)), 413, "more than"),
         (completions(b"[]"), 400, "body: Input should be a valid dictionary"),
-        (completions(ASK | {"stop": ["x"] * 65}), 400, "stop"),
+        (completions(ASK | {"stop": ["x"] * 65}), 400, "stop: Input should be a valid string; or: List should have at"),
+        (completions(ASK | {"stop": ["x", 1]}), 400, "stop.1: Input should be a valid string"),
+        (completions(ASK | {"prompt": {"text": "x"}}), 400, "prompt: Input should be a valid string; or: Input should"),
+        (completions(ASK | {"prompt": [[1, "x"]]}), 400, "prompt.0.1: Input should be a valid integer"),
+        (completions(ASK | {"prompt": ["x"] * 2, "n": 64}), 400, "2 prompts, n=64: 128 answers; a request can have up"),
+        (completions(ASK | {"best_of": 2}), 400, "best_of is not supported by this server; leave it out"),
+        (completions(ASK | {"stream_options": {"include_usage": True}}), 400, "stream_options: only with stream: true"),
+        (completions(ASK, url="/v1/embeddings"), 404, "POST /v1/embeddings; this server has GET /health, "),
+        (chat(CHAT | {"messages": [{"role": "user", "content": 5}]}), 400, "messages.0.content: Input should be"),
         (chat(CHAT | {"chat_template_kwargs": {"return_tensors": "pt"}}), 400, "no argument 'return_tensors'"),
         (chat(CHAT | {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}), 400, "no argument 'chat_template'"),
         (chat(CHAT | {"chat_template_kwargs": {"bos_token": "x"}}), 400, "no argument 'bos_token'"),
@@ -80,12 +102,13 @@ ENDLESS = {"allOf": [{"type": "string", "pattern": f"a.*{number}"} for number in
         (chat(CHAT | {"messages": [called("f", "[1]")]}), 400, "arguments: Input should be a valid dictionary"),
         (chat(CHAT | {"messages": [called("f", "{")]}), 400, "arguments: Expecting property name"),
         (chat(CHAT | {"tools": [tool()], "tool_choice": "required"}), 400, "tool_choice"),
-        (chat(CHAT | {"top_logprobs": 3}), 400, "top_logprobs: needs logprobs: true"),
+        (chat(CHAT | {"top_logprobs": 3}), 400, "top_logprobs: only with logprobs: true"),
         (completions(ASK | {"logit_bias": {"512": 1}}), 400, "token ids are from 0 to 511"),
         (completions(ASK | {"logit_bias": {"5": 101}}), 400, "logit_bias.5"),
         (completions(ASK | {"max_tokens": 0}), 400, "except with echo"),
         (completions(ASK | {"skip_special_tokens": False}), 400, "skip_special_tokens is not supported"),
         (completions(ASK | {"response_format": schema({"not": {}})}), 400, "cannot be satisfied: Unimplemented keys"),
+        (completions(ASK | {"response_format": schema({"type": "string", "pattern": "(a"})}), 400, "unclosed group"),
         (completions(ASK | {"response_format": schema(ENDLESS)}), 400, "it takes more than 2 s"),
         (completions(ASK | {"response_format": {"type": "json_schema"}}), 400, "json_schema is missing"),
     ],
@@ -95,6 +118,34 @@ def test_refusals(ask, request_, status, told):
     assert answer.status_code == status, answer.text
     assert told in answer.json()["error"]["message"]
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("key", ["n", "stream", "stream_options", "echo", "seed", "ignore_eos", "stop", "logprobs"])
+def test_null_is_the_default(ask, key):
+    (answer,) = ask([completions(ASK | {key: None})])
+    assert answer.status_code == 200 and len(answer.json()["choices"]) == 1
+
+
+def test_a_wrong_key_is_named(ask):
+    answers = ask([completions(ASK | {"stop": ["x", 1]}), completions(ASK | {"max_tokens": 0})])
+    assert [answer.json()["error"]["param"] for answer in answers] == ["stop.1", "max_tokens"]
+
+
+def test_a_client_that_leaves_within_its_body_is_no_error_of_the_server(engine):
+    sent = []
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send_(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "http_version": "1.1",
+        "headers": [(b"content-type", b"application/json"), (b"content-length", b"1000")],
+    }  # fmt: skip
+    asyncio.run(Api(engine, Metrics("m"), "m", LONGEST, key=None).app()(scope, receive, send_))
+    assert sent[0]["status"] == 400
 
 
 def test_temperatures_that_float32_cannot_divide_by_are_greedy(ask, engine, monkeypatch):
