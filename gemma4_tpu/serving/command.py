@@ -164,6 +164,8 @@ def _flag_words(flags: dict[str, Any]) -> Iterator[str]:
                 yield f"--{name}"
             case False:
                 yield f"--no-{name}"
+            case _ if _plain(value).startswith("-"):  # alone, vLLM's parser would take it for a flag
+                yield f"--{name}={_plain(value)}"
             case _:
                 yield from (f"--{name}", _plain(value))
 

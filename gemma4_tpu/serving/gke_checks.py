@@ -11,7 +11,13 @@ from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.hardware import LOCAL, SLICES
 
 GKE = "gke"
-_NAME = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_NAMES = {
+    "namespace": (_LABEL, "up to 63 lower-case letters, digits and dashes"),
+    "service_account": (rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*", "lower-case letters, digits, dashes and dots"),
+    "secret": (rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*", "lower-case letters, digits, dashes and dots"),
+}
+"""Key → the form of such a name in Kubernetes, and that in words."""
 
 
 def in_a_pod(serving: ServingConfig, run: str) -> ServingConfig:
@@ -35,9 +41,10 @@ def gke_problems(serving: ServingConfig, adapters: list[str]) -> list[str]:
     if gke.min_replicas > gke.max_replicas:
         messages.append(f"serving.gke.min_replicas={gke.min_replicas}: more than max_replicas={gke.max_replicas}")
     messages += [
-        f"serving.gke.{key}={name}: names in Kubernetes consist of lower-case letters, digits and dashes"
-        for key in ("namespace", "service_account", "secret")
-        if (name := getattr(gke, key)) is not None and not re.fullmatch(_NAME, name)
+        f"serving.gke.{key}={name}: in Kubernetes such a name consists of {words}, and begins and ends with a letter or"
+        " digit"
+        for key, (form, words) in _NAMES.items()
+        if (name := getattr(gke, key)) is not None and not re.fullmatch(form, name)
     ]
     if "$(" in json.dumps([serving.flags, serving.extra_args, serving.env, serving.served_model_name], default=str):
         messages.append("serving: Kubernetes replaces $(…) in flags, extra_args and env; leave it out")

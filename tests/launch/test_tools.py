@@ -155,7 +155,7 @@ def test_hadolint_has_nothing_to_say_about_the_image():
 
 def test_kubernetes_takes_what_serves_on_gke(home, capsys):
     words = ["serving=v6e8", "serving.runner=gke", "run=gs://bucket/my_run/merged", "architecture=gemma4_31b"]
-    more = ["serving.gke.secret=keys", "serving.gke.service_account=reader", "serving.gke.max_replicas=3"]
+    more = ["serving.gke.secret=keys.v2", "serving.gke.service_account=reader", "serving.gke.max_replicas=3"]
     assert serve.main([*words, *more]) == 0
     deployment, service, monitoring, autoscaler = objects = list(yaml.safe_load_all(capsys.readouterr().out))
     pod = deployment["spec"]["template"]
@@ -202,7 +202,8 @@ def test_gke_serving_refuses_what_can_not_work(capsys, tmp_path):
         "serving.runner=gke needs a TPU slice": ["serving=h100x2", "run=gs://b/r/merged"],
         "Kubernetes replaces $(…)": ["serving=v6e8", "run=gs://b/r/merged", "serving.env={X: '$(HOME)'}"],
         "more than max_replicas=2": ["run=gs://b/r", "serving.gke.min_replicas=3", "serving.gke.max_replicas=2"],
-        "names in Kubernetes consist of": ["run=gs://b/r", "serving.gke.namespace=My_Space"],
+        "consists of up to 63 lower-case": ["run=gs://b/r", "serving.gke.namespace=my.space"],
+        "serving.gke.secret=a..b: in Kubernetes such a": ["run=gs://b/r", "serving.gke.secret=a..b"],
         "has 4 hosts": ["run=gs://b/r", "serving.slice=v6e-16"],
     }
     for told, words in cases.items():

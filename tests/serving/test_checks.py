@@ -297,6 +297,11 @@ def test_an_image_of_another_version_brings_its_own_flags(merged, dry_run):
     assert after(words, "--brand-new") == "1"
 
 
+def test_a_value_that_begins_with_a_dash_is_no_flag(merged, dry_run):
+    words = dry_run(merged(), "serving.served_model_name='--port'", "serving.flags={seed: -1}")
+    assert {"--served-model-name=--port", "--seed=-1"} <= set(words)
+
+
 def test_folders_that_are_not_a_merged_model(merged, refused, tmp_path):
     adapter = merged(folder="adapter")
     (adapter / "adapter_config.json").write_text("{}")
