@@ -30,9 +30,9 @@ _HITS = re.compile(
     r"^vllm:(?:gpu_)?prefix_cache_(hits|queries)(?:_total)?(?:\{[^}]*\})? (\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s",
     re.MULTILINE,
 )
-_COMPLETE = (None, "stop", "length")
-"""Reasons to finish of complete answers, as OpenAI defines them; others, such as vLLM's `abort` and `error`, are of
-answers that the server gave up.
+_GIVEN_UP = ("abort", "error", "content_filter")
+"""Reasons to finish, of vLLM, SGLang and OpenAI, of answers that the server gave up. Servers have names of their own
+for an answer's end (TGI: `eos_token`); one that comes too early is counted as short.
 """
 _MOST_TOKENS = 2**53
 
@@ -263,7 +263,7 @@ async def _follow(response: aiohttp.ClientResponse, answer: TimedAnswer, came: C
         raise UnusableAnswerError(f"the answer contains no token{told}")
     if finish is None and (stray or not ended):
         raise UnusableAnswerError(f"the answer broke off after {answer.chunks} chunks{told}")
-    if finish not in _COMPLETE:
+    if finish in _GIVEN_UP:
         raise UnusableAnswerError(f"the answer ended with finish_reason {_short(finish)} after {answer.chunks} chunks")
 
 
