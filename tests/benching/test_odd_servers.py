@@ -80,6 +80,7 @@ def answer_to(pieces, kind="text/event-stream", **more):
         (event(type="metadata") + token() + END + counted(5) + DONE, 5),
         (token() + END + counted(5), 5),
         (token() + token() + counted(5) + DONE, 5),
+        (token() + token("eos_token") + counted(5) + DONE, 5),
         (token() + END + counted(5.0) + DONE, 5),
         (token() + END + DONE, None),
         (token() + END + event(choices=[], usage=None) + DONE, None),
