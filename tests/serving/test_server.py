@@ -12,8 +12,8 @@ from tests.processes import wait_for
 SLOW = [
     [0.0, "INFO 10-01 10:00:00 [api_server.py:1] non-default args: {'model': '/model'}"],
     [0.1, "Loading safetensors checkpoint shards:  50% Completed | 1/2 [00:01<00:01,  1.00s/it]"],
-    [0.1, "INFO [compilation_manager.py:133] Precompile backbone --> {'num_tokens': 16}"],
-    [0.1, "INFO [compilation_manager.py:150] Compilation of backbone --> {'num_tokens': 16} finished in 9.10 [secs]."],
+    [1.0, "INFO [compilation_manager.py:133] Precompile backbone --> {'num_tokens': 16}"],
+    [1.0, "INFO [compilation_manager.py:150] Compilation of backbone --> {'num_tokens': 16} finished in 9.10 [secs]."],
     [0.1, "INFO [compilation_manager.py:150] Compilation of logits --> {} finished in 1.10 [secs]."],
 ]
 PROBE = [{"tokens": [5, 6, 7], "merged": 11, "base": 22}, {"tokens": [8, 9], "merged": 12, "base": 23}]
