@@ -205,7 +205,7 @@ def load_function(name: str) -> Callable[[list[dict[str, Any]]], Any]:
 def _rewarded(given: Any, where: str) -> Rewarded:
     """A number, or (number, class) or (number, class, detail)."""
     parts = list(given) if isinstance(given, list | tuple) else [given]
-    with contextlib.suppress(TypeError, ValueError, IndexError):
+    with contextlib.suppress(Exception):  # whatever converting a value of the user's may raise
         if math.isfinite(reward := float(parts[0])):
             kind, detail = (str(part) for part in (parts + [OTHER, ""][len(parts) - 1 :])[1:3])
             return Rewarded(reward, kind, detail)

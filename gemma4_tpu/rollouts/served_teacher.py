@@ -15,6 +15,7 @@ import base64
 import hashlib
 import json
 import logging
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -148,9 +149,10 @@ def open_client() -> httpx.Client:
 
 def _likeliest(told: dict[str, float], top: int) -> tuple[list[int], list[float]]:
     """The K likeliest tokens of a place: ids and log-probabilities, falling; servers add the token that is there."""
-    found = sorted(((float(value), int(name.removeprefix(_AS_ID))) for name, value in told.items()), reverse=True)
+    every = ((float(value), int(name.removeprefix(_AS_ID))) for name, value in told.items())
+    found = sorted((one for one in every if math.isfinite(one[0])), reverse=True)
     if len(found) < top:
-        raise ValueError(f"{len(found)} tokens")
+        raise ValueError(f"{len(found)} tokens of {len(told)} with a finite log-probability")
     return [token for _, token in found[:top]], [value for value, _ in found[:top]]
 
 

@@ -37,6 +37,10 @@ def endless(rows):
     return [float("inf") for _ in rows]
 
 
+def too_large(rows):
+    return [10**400 for _ in rows]
+
+
 def one_none(rows):
     return [1.0, None]
 
@@ -64,6 +68,7 @@ def test_a_function_gets_rows_and_gives_numbers_or_numbers_with_classes():
         ("no_such_module:f", "can't be imported"), (f"{__name__}:nothing", "has no function 'nothing' (it has "),
         (f"{__name__}:too_few", "for 2 answers"), (f"{__name__}:words", "returned 'good' for an answer"),
         (f"{__name__}:endless", "finite"), (f"{__name__}:one_none", "returned None for an answer"),
+        (f"{__name__}:too_large", "finite"),
         (f"{__name__}:failing", r"raised KeyError('missing') (" + __file__), (f"{__name__}:leaving", "SystemExit(0)"),
     ],
 )  # fmt: skip

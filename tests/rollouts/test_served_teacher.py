@@ -112,5 +112,8 @@ def test_a_server_with_another_vocabulary_or_without_log_probabilities_is_refuse
     assert f"its {TOP} likeliest tokens at every place" in refused(own, lambda _: nothing)
     few = httpx.Response(200, json={"choices": [{"logprobs": {"top_logprobs": [{"token_id:1": -1.0}] * 300}}]})
     assert "smaller objective.teacher_top" in refused(own, lambda _: few)
+    impossible = [{f"token_id:{i}": -1.0 if i < 7 else -np.inf for i in range(TOP)}] * 300
+    content = json.dumps({"choices": [{"logprobs": {"top_logprobs": impossible}}]}).encode()
+    assert "7 tokens of 8 with a finite" in refused(own, lambda _: httpx.Response(200, content=content))
     assert "500" in refused(own, lambda _: httpx.Response(500))
     assert "404" in refused(lambda _: httpx.Response(404), lambda _: nothing)
