@@ -187,7 +187,9 @@ class OnPolicySource:
                 self._shape.length,
             )  # fmt: skip
         made = assembled(answers, self._shape, self._asked / len(self._tasks))
-        self._made, self._old, self._update = made, made.arrays[OLD_LOGPROBS], update
+        self._made, self._update = made, update
+        # What the update changes, not what was changed since its answers were drawn.
+        self._old = making.scorer.logprobs(trained, making.base, made.arrays) if lag else made.arrays[OLD_LOGPROBS]
         # Off-policy, ratios are not 1, so the loss is not known in advance.
         self._expected = None if lag else self._expected_loss(trained, made.arrays, compared is not None)
         not_asked_for = {OLD_LOGPROBS, ADVANTAGES, COPIES} - {*self.selection.fields}
@@ -237,7 +239,8 @@ class OnPolicySource:
         assert self._old is not None
         moved = (self._making.scorer.logprobs(trained, self._making.base, arrays) - self._old)[mask]
         self._made = self._old = None
-        kl = float(np.mean(np.expm1(moved.astype(np.float64)) - moved))  # never negative; its mean is KL(old ‖ new)
+        each = np.expm1(moved.astype(np.float64)) - moved  # never negative; its mean is KL(old ‖ new)
+        kl = float(np.average(each, weights=arrays[COPIES][mask]))
         if math.isfinite(kl):  # otherwise the loop ends the run because of its loss
             self._making.report({"kl": kl}, update)
             self._making.certificate.moved(update, kl)

@@ -21,12 +21,12 @@ from gemma4_tpu.reporting.on_policy import on_policy
 from gemma4_tpu.rollouts import slots
 from gemma4_tpu.rollouts.batch import BatchShape
 from gemma4_tpu.rollouts.certificate import Agreement, Certificate, Drifted, NotOnPolicy, summed_up
-from gemma4_tpu.rollouts.collecting import Collector
+from gemma4_tpu.rollouts.collecting import Collected, Collector, Group
 from gemma4_tpu.rollouts.digest import digest
 from gemma4_tpu.rollouts.on_policy_run import OnPolicyRun
 from gemma4_tpu.rollouts.policy_tasks import Task
 from gemma4_tpu.rollouts.rewarding import Rewarded
-from gemma4_tpu.rollouts.sampler import Sampler, SamplerShapes
+from gemma4_tpu.rollouts.sampler import Drawn, Sampler, SamplerShapes, Wanted
 from gemma4_tpu.rollouts.scoring import Scorer
 from gemma4_tpu.rollouts.selection import by_advantage
 from gemma4_tpu.rollouts.source import Making, OnPolicySource
@@ -193,6 +193,44 @@ def test_a_mean_of_the_microbatches_means(tmp_path):
 
 
 @pytest.mark.slow
+class OneNumber:
+    """A policy of one number, which the token 5 is less likely by than at first; answers as a sampler draws them."""
+
+    def logprobs(self, trained, base, arrays):
+        return np.where(arrays["targets"] == 5, -1 - trained["x"], -1) * arrays["target_mask"]
+
+    def spread(self, trained, base, arrays):
+        return -self.logprobs(trained, base, arrays), np.ones(arrays["targets"].shape)
+
+    def text(self, drawn):
+        return str(drawn.tokens)
+
+    def __call__(self, updates, trained, base, tasks, adapter):
+        return [Collected([self.group(next(asked), trained["x"])], frozenset([adapter])) for asked in tasks]
+
+    def group(self, task, x):
+        tokens = [np.array([token], np.int32) for token in (5, 5, 5, 6)]
+        drawn = [Drawn(Wanted(0, i, i), t, np.float32([-1 - x * (t[0] == 5)]), True) for i, t in enumerate(tokens)]
+        return Group(task, drawn, [Rewarded(float(one.tokens[0] == 5), "scored") for one in drawn])
+
+
+def test_each_update_is_measured_by_itself_and_equal_answers_count_each(tmp_path):
+    """Two updates on answers that were drawn ahead, of which the second changes nothing."""
+    config = replace(CONFIG, prompts=1, samples=4, off_policy=1)
+    selection, its_run = by_advantage(config, OBJECTIVE.fields), OnPolicyRun(config, tmp_path, 0)
+    source = OnPolicySource(TASKS, config, TrainerConfig(max_updates=2), SHAPE, selection)
+    policy, moved, nobody = OneNumber(), [], lambda *told: None
+    certificate, validation = Certificate(its_run, "float32"), Validation((), 2, its_run)
+    report = lambda told, update: moved.append(told["kl"])  # noqa: E731
+    source.begin(Making(policy, policy, certificate, validation, {}, report, nobody, ExitStack()))
+    values = [{"x": np.float32(x)} for x in (0.0, 0.1, 0.1)]
+    made = source.updates(lambda: values[source.get_state()["update"]])
+    assert [bool(next(made)) for _ in range(2)] == [True, True]
+    source.ready_to_save(values[2], 2)
+    certificate.close()
+    assert moved == pytest.approx([3 / 4 * (np.expm1(-0.1) + 0.1), 0.0], rel=1e-5)
+
+
 def test_an_update_that_goes_too_far_ends_the_run_before_it_is_saved(tmp_path):
     said = r"update 1 moved the policy by .* rollouts\.max_kl=1e-05.*only the start is from before"
     with pytest.raises(Drifted, match=said):
