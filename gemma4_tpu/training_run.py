@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from gemma4_tpu.config.durations import seconds_of
@@ -225,6 +227,14 @@ def _set_up(run: Run, recipe: Recipe) -> Setup:
     return replace(setup, base={**setup.base, TEACHER: teacher})
 
 
+def _sampled_model(run: Run, setup: Setup) -> str:
+    """See `OnPolicyRun.model`."""
+    model = setup.step.model
+    dtype, quantize = np.dtype(model.compute_dtype).name, run.config.lora.quantize
+    made_of = run.fingerprints["base"], run.fingerprints["prompts"], dtype, quantize, model.layout.of_layers
+    return hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
+
+
 def _loop(
     run: Run, recipe: Recipe, setup: Setup, replay: Replay | None, preemption: Preemption, time_limit: TimeLimit
 ) -> Result:
@@ -270,8 +280,9 @@ def _loop(
     with closing(source), closing(checkpoints), closing(answers), reports, loop.profile.closing():
         if isinstance(source, OnPolicySource):
             drawn_for = OnPolicyRun(
-                config.rollouts, folder.path, config.trainer.seed, run.resume_from, run.hosts, watchdog.progress
-            )
+                config.rollouts, folder.path, config.trainer.seed, _sampled_model(run, setup), run.resume_from,
+                run.hosts, watchdog.progress,
+            )  # fmt: skip
             begin(
                 source, drawn_for, setup.step, setup.base, run.tokenizer, checkpoint_stop_ids(run.base, run.tokenizer),
                 report=reports, show=tracker.table,

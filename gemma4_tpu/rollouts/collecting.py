@@ -104,7 +104,7 @@ class Collector:
         with ExitStack() as opened:
             asking = []
             for update, asked in zip(updates, tasks, strict=True):
-                stored = StoredUpdate(self._run, update, adapter)
+                stored = StoredUpdate(self._run, update, adapter, any_model=not may_draw)
                 asking.append(_Asking(update, asked, opened.enter_context(stored), may_draw))
             thread = opened.enter_context(ThreadPoolExecutor(1, thread_name_prefix="reward"))
             for one in asking:

@@ -18,6 +18,8 @@ class OnPolicyRun:
     folder: Path
     """The run folder."""
     seed: int
+    model: str = ""
+    """Digest of what determines an answer besides the trained values and its seed: base, adapters, dtype, prompts."""
     resume_from: int | None = None
     """The update to resume from; None: a new run."""
     hosts: Hosts = ALONE

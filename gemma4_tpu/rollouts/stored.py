@@ -1,7 +1,7 @@
 """Stores roll-outs on disk, one update at a time: samples and verdicts, each written as it arrives.
 
 ```
-rollouts/<update>.samples.jsonl    {"problem", "sample", "seed", "adapter", "ids", "logprobs", "stopped"}
+rollouts/<update>.samples.jsonl    {"problem", "sample", "seed", "adapter", "model", "ids", "logprobs", "stopped"}
 rollouts/<update>.verdicts.jsonl   {"problem", "sample", "reward", "kind", "detail", "well_formed"}
 ```
 
@@ -36,14 +36,14 @@ log = logging.getLogger(__name__)
 
 _BITS = np.dtype("<f4")
 
-_DRAWN = fields({"ids": listed(COUNT), "logprobs": TEXT, "stopped": FLAG}, {"adapter": TEXT})
+_DRAWN = fields({"ids": listed(COUNT), "logprobs": TEXT, "stopped": FLAG}, {"adapter": TEXT, "model": TEXT})
 _REWARDED = fields({"reward": NUMBER, "kind": TEXT, "detail": TEXT, "well_formed": FLAG})
 
 
 class StoredUpdate:
     """The roll-outs of one update; a context manager."""
 
-    def __init__(self, run: OnPolicyRun, update: int, adapter: str, prefix: str = ""):
+    def __init__(self, run: OnPolicyRun, update: int, adapter: str, prefix: str = "", *, any_model: bool = False):
         """Opens what an earlier start left of this update, if it was drawn from the same policy.
 
         Args:
@@ -51,9 +51,12 @@ class StoredUpdate:
           update: from 1.
           adapter: digest of the policy's trained values.
           prefix: of the files' names behind the update: `validation_` for answers that are not trained on.
+          any_model: accepts answers of these trained values on another base, for other prompts or in another dtype:
+            they are of an earlier policy in any case.
         """
         self.adapter = adapter
-        """Digest of the policy that these are of."""
+        """Digest of the trained values that these are of."""
+        self._model, self._any_model = run.model, any_model
         self._files: tuple[Rows, Rows] | None = None  # samples and verdicts; on process 0 alone
         paths = [run.folder / ROLLOUTS / f"{update:06}.{prefix}{name}.jsonl" for name in ("samples", "verdicts")]
         recorded = Path(run.config.recorded) if run.config.recorded else None
@@ -72,14 +75,21 @@ class StoredUpdate:
                 if other.exists():
                     write_text(paths[0].with_name(other.name), other.read_text(encoding="utf-8"))
         samples, verdicts = (Rows(path, shape) for path, shape in zip(paths, (_DRAWN, _REWARDED), strict=True))
-        if any(row.get("adapter") != self.adapter for row in samples.rows.values()):
-            log.warning("%s: drawn from another policy than this start's; drawn and judged again", paths[0].name)
+        if not all(map(self._is_own, samples.rows.values())):
+            log.warning(
+                "%s: drawn from another policy than this start's, or for other prompts; drawn and judged again",
+                paths[0].name,
+            )
             for rows in (verdicts, samples):
                 rows.close()
                 rows.path.unlink()
             samples, verdicts = (Rows(path, shape) for path, shape in zip(paths, (_DRAWN, _REWARDED), strict=True))
         self._files = samples, verdicts
         return list(samples.rows.values())
+
+    def _is_own(self, row: dict[str, Any]) -> bool:
+        """Whether this policy gave the answer."""
+        return row.get("adapter") == self.adapter and (self._any_model or row.get("model", "") == self._model)
 
     def drawn(self, key: Key, wanted: Wanted) -> Drawn | None:
         """The sample (problem's name, number), if it is there."""
@@ -95,8 +105,8 @@ class StoredUpdate:
             return
         bits = base64.b64encode(drawn.logprobs.astype(_BITS).tobytes()).decode()
         self._files[0].add(_named(key) | {
-            "seed": drawn.wanted.seed, "adapter": self.adapter, "ids": drawn.tokens.tolist(), "logprobs": bits,
-            "stopped": drawn.stopped,
+            "seed": drawn.wanted.seed, "adapter": self.adapter, "model": self._model, "ids": drawn.tokens.tolist(),
+            "logprobs": bits, "stopped": drawn.stopped,
         })  # fmt: skip
 
     def rewarded(self, key: Key) -> Rewarded | None:

@@ -62,8 +62,8 @@ class Judge:
         return [Rewarded(float(a.text.endswith(" 1") and int(a.text.split()[0]) % 2), "x", "é") for a in answers]
 
 
-def collect(folder, sampler, judge, tasks=TASKS, policy=POLICY, update=1, config=CONFIG):
-    run = OnPolicyRun(config, folder, 3)
+def collect(folder, sampler, judge, tasks=TASKS, policy=POLICY, update=1, config=CONFIG, model=""):
+    run = OnPolicyRun(config, folder, 3, model)
     collector = Collector(sampler, judge, Decoder(), lambda group: is_live(group.rewards), run)
     return collector([update], policy, {}, [iter(tasks)], digest(policy))[0]
 
@@ -125,6 +125,18 @@ def test_recorded_roll_outs_of_the_very_policy_are_neither_drawn_nor_judged(tmp_
     assert not sampler.drawn and not judge.asked
     collect(tmp_path / "c", sampler, judge, policy={**POLICY, "b": np.float32([[4.0]])}, config=recorded)
     assert len(sampler.drawn) == 12 and len(judge.asked) == 12
+
+
+def test_recorded_roll_outs_of_equal_adapters_on_another_model_are_drawn_again(tmp_path):
+    """Fresh adapters are equal on any base; the answers are not."""
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    collect(tmp_path / "a", Letters(), Judge(), model="bfloat16")
+    recorded = replace(CONFIG, recorded=f"{tmp_path}/a")
+    for name, model, drawn in (("b", "bfloat16", 0), ("c", "float32", 12)):
+        sampler, judge = Letters(), Judge()
+        collect(tmp_path / name, sampler, judge, config=recorded, model=model)
+        assert len(sampler.drawn) == len(judge.asked) == drawn
 
 
 def test_roll_outs_of_another_policy_are_drawn_again(tmp_path):
