@@ -33,7 +33,7 @@ from gemma4_tpu.training.hardware_checks import full_problems, hardware_problems
 from gemma4_tpu.training.lora_checks import EXPERTS, adapted_problems, lora_problems, without_effect
 from gemma4_tpu.training.meshes import resolve_mesh, whole_rows_problems
 from gemma4_tpu.training.objective_checks import objective_problems
-from gemma4_tpu.training.optimizer_checks import optimizer_problems, stop_problems, trained_bytes
+from gemma4_tpu.training.optimizer_checks import optimizer_problems, stop_problems, trained_bytes, undecayed
 from gemma4_tpu.training.recipe import (
     batch_key,
     check_lengths,
@@ -48,6 +48,7 @@ from gemma4_tpu.training.rollouts_checks import (
     reward_of,
     rollouts_problems,
     undivided,
+    unused,
 )
 
 HIGH_LEARNING_RATE = 1e-3
@@ -334,7 +335,7 @@ def _warnings(root: TrainRoot, mesh: MeshSizes | None) -> list[str]:
         )
     if root.lora.enabled and root.lora.dropout and EXPERTS in root.lora.targets:
         lines.append(f"lora.dropout={root.lora.dropout}: adapters of experts have none (nor do PEFT's); the others do")
-    lines += without_effect(root.lora)
+    lines += [*without_effect(root.lora), *undecayed(root.optimizer), *unused(root.objective, root.rollouts)]
     if mesh is not None and is_on_policy(root.objective):
         lines += undivided(root.rollouts, mesh)
     if (line := price_warning(root.hardware)) is not None:

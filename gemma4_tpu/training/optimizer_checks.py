@@ -46,6 +46,13 @@ def optimizer_problems(optimizer: OptimizerConfig, trainer: TrainerConfig) -> li
     return messages
 
 
+def undecayed(optimizer: OptimizerConfig) -> list[str]:
+    """A warning about the end of a schedule that has none; an experiment can have set it, so it is not refused."""
+    if optimizer.schedule != "constant" or not optimizer.end_fraction:
+        return []
+    return [f"no effect of optimizer.end_fraction={optimizer.end_fraction}: optimizer.schedule=constant does not decay"]
+
+
 def kind_problems(
     group: str, config: OptimizerConfig | ObjectiveConfig, keys: Mapping[str, tuple[str, ...]],
     may_be_null: tuple[str, ...] = (),

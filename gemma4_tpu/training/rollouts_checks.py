@@ -5,6 +5,7 @@ no JAX.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.paths import local_place
@@ -111,6 +112,38 @@ def undivided(config: RolloutsConfig, mesh: MeshSizes) -> list[str]:
         for key, number, does in (("slots", config.slots, "decodes"), ("prompts", config.prompts, "reads"))
         if number % places
     ]
+
+
+def unused(objective: ObjectiveConfig, config: RolloutsConfig) -> list[str]:
+    """Warnings about values that nothing will use; an experiment can have set them, so they are not refused."""
+    changed = {key: value for key, value in vars(config).items() if value != getattr(RolloutsConfig, key)}
+    if not is_on_policy(objective):
+        kinds = ", ".join(name for name, kind in KINDS.items() if kind.on_policy)
+        return _told(changed, f"objective={objective.kind} draws no answers ({kinds} do)")
+    reward = f"rollouts.reward={'null' if config.reward is None else config.reward}"
+    idle = {
+        f"objective={objective.kind} has no advantages": [
+            "advantages", "overlong_tokens", "overlong_penalty"
+        ] if objective.kind != "grpo" else [],
+        f"objective={objective.kind} learns from all answers": [
+            "mask_truncated", "resample"
+        ] if KINDS[objective.kind].taught else [],
+        f"{reward} has no problems or form of its own": [
+            "benchmark", "problems_path", "max_malformed"
+        ] if config.reward != JUDGE else [],
+        f"{reward} is no server": ["reward_timeout_seconds"] if not is_address(config.reward or "") else [],
+        "rollouts.overlong_tokens=0": ["overlong_penalty"] if not config.overlong_tokens else [],
+        "rollouts.validation_prompts=0": ["validation_every"] if not config.validation_prompts else [],
+    }  # fmt: skip
+    messages = []
+    for why, keys in idle.items():
+        messages += _told({key: changed.pop(key) for key in keys if key in changed}, why)
+    return messages
+
+
+def _told(values: dict[str, Any], why: str) -> list[str]:
+    given = ", ".join(f"rollouts.{key}={'null' if value is None else value}" for key, value in values.items())
+    return [f"no effect of {given}: {why}"] if given else []
 
 
 def _reward(config: RolloutsConfig) -> list[str]:

@@ -403,6 +403,8 @@ def test_a_learning_rate_of_the_tiny_models_is_reported_for_a_released_size(load
     [
         (["lora=none", "lora.rank=64", "lora.dropout=0.1"], "no effect of lora.rank=64, lora.dropout=0.1"),
         (["lora.start_checkpoint=best"], "lora.start_checkpoint=best has no effect"),
+        (["optimizer.schedule=constant", "optimizer.end_fraction=0.1"], "no effect of optimizer.end_fraction=0.1: "),
+        (["rollouts.samples=16"], "no effect of rollouts.samples=16: objective=sft draws no answers (grpo,"),
     ],
 )
 def test_values_that_nothing_uses_are_reported(load, words, told):

@@ -184,6 +184,25 @@ def test_recorded_roll_outs_of_another_reward_or_length_are_refused(tmp_path, mo
         load_train(words)
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("objective=grpo rollouts.advantages=std rollouts.overlong_tokens=4 rollouts.overlong_penalty=2", None),
+        ("objective=grpo rollouts.overlong_penalty=2", "overlong_penalty=2.0: rollouts.overlong_tokens=0"),
+        ("objective=grpo rollouts.validation_every=2", "validation_every=2: rollouts.validation_prompts=0"),
+        ("objective=grpo rollouts.max_malformed=0.1", "max_malformed=0.1: rollouts.reward=a.b:c has no problems"),
+        ("objective=expert_iteration rollouts.advantages=std", "advantages=std: objective=expert_iteration has no"),
+        (
+            "objective=distill objective.teacher=embedded:tiny rollouts.mask_truncated=false",
+            "mask_truncated=False: objective=distill learns from all answers",
+        ),
+    ],
+)
+def test_values_of_rollouts_that_nothing_uses_are_reported(words, told):
+    warnings = load_train(["rollouts.reward=a.b:c", *words.split()]).checked.warnings
+    assert [told in line for line in warnings if "no effect" in line] == ([] if told is None else [True])
+
+
 def test_slots_that_every_copy_of_the_weights_would_decode_are_told():
     words = ["objective=grpo", "rollouts.reward=a.b:c", "hardware=v6e8", "mesh=dp", "model.path=random:0"]
     shape = ["trainer.global_batch_sequences=16", "trainer.microbatches=1"]
