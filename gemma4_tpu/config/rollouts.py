@@ -33,8 +33,9 @@ class RolloutsConfig:
     reward_timeout_seconds: float = 600.0
     """Timeout for one answer of a reward server."""
     recorded: str | None = None
-    """Another run's folder (local), whose stored answers and verdicts are reused as long as the policy is bit-identical
-    to the one that gave them; the rest is drawn and judged. null: everything is drawn and judged."""
+    """Another run's folder (local), whose stored answers and verdicts are reused as long as prompts and policy (base,
+    adapters and dtype) are bit-identical to those that they came from; the rest is drawn and judged. null: everything
+    is drawn and judged."""
     prompts: int = 16
     """Groups to train on in each update: those with differing rewards (`grpo`), a reward (`expert_iteration`), or all
     (`distill`)."""

@@ -173,7 +173,8 @@ class ObjectiveConfig:
     """For a server: number of most likely tokens to request at each target; all others are compared as one. Servers
     have their own limit, usually 20."""
     teacher_store: str | None = None
-    """Folder that stores a server's responses for all runs, so that no row is requested twice."""
+    """Folder that stores a server's responses for all runs, so that no row is requested twice. They are found by
+    address and model name: if another model is served under both, give another folder."""
     divergence: str | None = None
     """Mean over tokens of `reverse` KL(model ‖ teacher), which makes the model do only what its teacher does, or of
     `forward` KL(teacher ‖ model), which makes it do everything that its teacher does."""
@@ -193,7 +194,8 @@ class OptimizerConfig:
     """Peak learning rate."""
     b1: float | None = 0.9
     """Decay of the first moment; for `schedule_free`, the weight of the average in the values at which gradients are
-    taken. `muon` uses it for Adam, which handles everything that is not a matrix."""
+    taken. `muon` uses it for Adam (with Nesterov's momentum), which handles everything that is not a
+    matrix."""
     b2: float | None = 0.999
     """Decay of the second moment; for `lion`, that of its only moment, while `b1` is for the step. `muon`: as `b1`."""
     eps: float | None = 1e-8
@@ -265,7 +267,7 @@ class TrainerConfig:
     (any backend, a layer's scores in memory), or `auto`: `splash` on TPUs, elsewhere `einsum` up to rows of 2,048
     tokens and `chunked` beyond."""
     loss_chunk_tokens: int = 1024
-    """Number of tokens whose logits exist at one time while computing the loss."""
+    """Tokens of each row whose logits exist at one time while computing the loss."""
     compute_dtype: str = "auto"
     """dtype of activations and of the frozen base weights: `bfloat16`, `float32` or `auto` (bfloat16, but float32 on
     CPUs, which only emulate bfloat16). LoRA and optimizer are always float32."""
