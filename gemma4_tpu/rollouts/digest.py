@@ -27,8 +27,11 @@ def _sums(values: Any) -> jax.Array:
 
 def _of(array: jax.Array) -> jax.Array:
     width = {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[array.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(array, width).astype(jnp.uint32).reshape(-1)
-    place = jnp.arange(bits.size, dtype=jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(array, width).astype(jnp.uint32)
+    # Counted along each dim: a flattened array would be gathered on every device.
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for dim, size in enumerate(bits.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim)
     mixed = (bits ^ (bits >> 15)) * jnp.uint32(0x2C1B3C6D) ^ place * jnp.uint32(0x9E3779B9)
     mixed = (mixed ^ (mixed >> 12)) * jnp.uint32(0x297A2D39)
     return jnp.stack([jnp.sum(bits * (2 * place + 1)), jnp.sum(mixed ^ (mixed >> 15))])

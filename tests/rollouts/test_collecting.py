@@ -5,11 +5,13 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.rollouts import digest as digests
 from gemma4_tpu.rollouts import stored
 from gemma4_tpu.rollouts.advantages import is_live
 from gemma4_tpu.rollouts.collecting import Collector
@@ -20,6 +22,7 @@ from gemma4_tpu.rollouts.rewarding import Rewarded
 from gemma4_tpu.rollouts.sampler import Drawn, Wanted
 from gemma4_tpu.rollouts.stored import StoredUpdate
 from gemma4_tpu.tracking.records import ROLLOUTS
+from tests.step.test_train_step import mesh_of
 
 POLICY = {"a": np.float32([1.0, 2.0]), "b": np.float32([[3.0]])}
 CONFIG = RolloutsConfig(prompts=2, samples=3, resample=2.0)
@@ -256,6 +259,15 @@ def test_log_probabilities_come_back_to_the_bit(tmp_path):
         store.add_drawn(("p", 0), Drawn(Wanted(0, 0, 5), np.arange(4, dtype=np.int32), bits, False))
     with StoredUpdate(OnPolicyRun(CONFIG, tmp_path, 3), 1, "x") as store:
         assert store.drawn(("p", 0), None).logprobs.tobytes() == bits.tobytes()
+
+
+def test_a_digest_is_the_same_on_any_mesh_and_gathers_nothing():
+    values = np.random.default_rng(0).normal(size=(3, 8, 2, 5)).astype(np.float32)
+    mesh = mesh_of(fsdp=2, tp=2)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp", "tp"))
+    split = {"a": jax.device_put(values, place), "b": jax.numpy.float32(1)}
+    assert digest(split) == digest({"a": values, "b": np.float32(1)})
+    assert "all-gather" not in jax.jit(digests._sums).lower(split).compile().as_text()
 
 
 def test_a_digest_tells_values_by_every_bit_and_place():
