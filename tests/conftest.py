@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+OUT_OF_TIME = "no time was left to begin it"
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--allowed-skips", type=Path, help="fail where a test is skipped for a reason that it does not list"
@@ -35,6 +39,16 @@ def pytest_addoption(parser):
     parser.addoption(
         "--must-run", default="", help="fail unless tests of each of these files pass, and none of theirs is skipped"
     )
+    parser.addoption(
+        "--begin-before", type=float, default=float("inf"),
+        help="skip tests that would begin later than this (seconds since 1970), except those of --must-run",
+    )  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if time.time() > item.config.option.begin_before and not _named(item.nodeid, item.config):
+        item.add_marker(pytest.mark.skip(OUT_OF_TIME))  # unlike pytest.skip, it is reported where the test stands
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -44,6 +58,10 @@ def pytest_sessionfinish(session):
     if not hasattr(session.config, "workerinput"):
         _look_for_skips(session, reporter)
         _look_for_files(session, reporter)
+
+
+def _named(nodeid, config):
+    return nodeid.partition("::")[0].endswith(tuple(filter(None, config.option.must_run.split(","))))
 
 
 def _look_for_files(session, reporter):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.conftest import OUT_OF_TIME
 from tests.house.scripts import ROOT
 
 TESTS = """
@@ -44,17 +45,30 @@ def test_a_file_that_has_to_run_fails_if_it_does_not(files, told, tmp_path):
     check(told, tmp_path, "-n", "0", "--must-run", files)
 
 
+def test_what_would_begin_too_late_is_left_out_unless_it_has_to_run(tmp_path):
+    (tmp_path / "test_some.py").write_text("def test_runs(): pass")
+    (tmp_path / "test_other.py").write_text("def test_runs(): pass")
+    done = run(tmp_path, "-n", "1", "-rs", "--begin-before", "1", "--must-run", "test_other.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed, 1 skipped" in done.stdout
+    assert f"test_some.py: {OUT_OF_TIME}" in done.stdout
+
+
 def check(told, place, *options):
     """Runs tests of two files, of which one skips; CI fails if it has something to tell."""
     (place / "test_some.py").write_text(TESTS)
     (place / "test_other.py").write_text("def test_runs(): pass")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", "/dev/null", *options, str(place)],
-        cwd=ROOT, env={**os.environ, "PYTEST_ADDOPTS": ""}, capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
+    done = run(place, *options)
     assert done.returncode == (1 if told else 0), done.stdout + done.stderr
     assert "2 passed, 2 skipped" in done.stdout
     assert told is None or told in done.stdout
+
+
+def run(place, *options):
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", "/dev/null", *options, str(place)],
+        cwd=ROOT, env={**os.environ, "PYTEST_ADDOPTS": ""}, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
 
 
 def test_what_ci_must_run_is_there():
