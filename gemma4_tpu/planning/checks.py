@@ -37,6 +37,9 @@ UPDATES = 1_000
 epochs share a program. No figure depends on it.
 """
 
+_NO_REWARD = "absent:absent"
+"""Stands for the reward, which need not exist here."""
+
 
 @dataclass(frozen=True)
 class PlanChecked:
@@ -101,7 +104,9 @@ def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Refusal]]:
     # The rest is checked as for training, on a run whose files are assumed to exist.
     model = replace(root.model, path=f"{RANDOM}0", tokenizer=None)
     data = replace(root.data, train=[DataSource(path="hf:absent")], heldout=[])
-    rollouts = replace(root.rollouts, reward="absent:absent", recorded=None)
+    rollouts = root.rollouts
+    if is_on_policy(root.objective):
+        rollouts = replace(rollouts, reward=_NO_REWARD, recorded=None)
     objective = root.objective
     if teacher is not None:
         objective = replace(objective, teacher=f"{RANDOM}0", teacher_model=teacher.arch.name)
@@ -111,7 +116,7 @@ def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Refusal]]:
     problems = [Refusal(message) for message in messages] + problems
     if problems or checked is None or architecture is None or wanted is None or checked.mesh is None:
         return None, problems
-    warnings = [w for w in checked.warnings if "held-out" not in w]
+    warnings = [w for w in checked.warnings if "held-out" not in w and _NO_REWARD not in w]
     if missing:
         warnings.append(f"{'; '.join(missing)}: planned with the numbers of {architecture.name}")
     if is_on_policy(root.objective) and root.rollouts.reward is not None:

@@ -79,6 +79,12 @@ def test_weights_and_data_need_not_be_there():
     assert any("/nowhere/gemma" in warning for warning in loaded.checked.warnings)
 
 
+@pytest.mark.parametrize("words", [[], ["objective=grpo"], ["objective=grpo", "rollouts.benchmark=verilog_smoke"]])
+def test_nothing_is_said_of_what_was_not_given(words):
+    warnings = load(["hardware=v5p8", "model=gemma4_31b", *words], PLAN).checked.warnings
+    assert not any("no effect" in warning or "absent" in warning for warning in warnings), warnings
+
+
 def test_rows_that_are_here_are_measured():
     words = ["hardware=v6e1", "model=tiny", "model.path=embedded:tiny", "data=verilog_smoke", "data.max_rows=200"]
     loaded = load(words, PLAN)
