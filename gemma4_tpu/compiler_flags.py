@@ -25,6 +25,7 @@ _ASYNCHRONOUS_GATHERS = {
 TUNED: dict[str, dict[str, Any]] = {
     "v5p": {**_REDUCE_SCATTER, **_ASYNCHRONOUS_GATHERS, "xla_tpu_scoped_vmem_limit_kib": 48 * 1024},
     "v6e": {**_REDUCE_SCATTER, **_ASYNCHRONOUS_GATHERS},
+    "v5e": {**_REDUCE_SCATTER, **_ASYNCHRONOUS_GATHERS},
 }
 """`hardware.flags=tuned` by chip. More on-chip memory than the default allows larger windows in products, which pays on
 v5p but not on v6e.

@@ -17,6 +17,8 @@ FREE = {
 """Operations that move no data."""
 _IN_PLACE = ("dynamic-update-slice", "scatter")
 SLICES = ("dynamic-slice", "slice", "gather")
+_PASSING_ON = ("bitcast", "copy")
+"""In a fusion, these read what is read of their result."""
 _WINDOWS = re.compile(r'"iteration_bounds":\[([\d",]*)\]')
 
 
@@ -116,7 +118,7 @@ class Reader:
                 touched += user.bytes
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
                 continue
-            elif user.opcode == "bitcast":
+            elif user.opcode in _PASSING_ON or self._passes_on(user):
                 touched += self._read(computation, user)
             elif user.opcode == "fusion":
                 inner = self.module.computations[user.called["calls"]]
@@ -125,6 +127,13 @@ class Reader:
             else:
                 return value.bytes
         return min(touched, value.bytes)
+
+    def _passes_on(self, one: Instruction) -> bool:
+        """Whether this is a fusion that only copies, as on tpu7x before a slice."""
+        if one.opcode != "fusion":
+            return False
+        inner = self.module.computations[one.called["calls"]].instructions.values()
+        return {each.opcode for each in inner} <= {"parameter", *_PASSING_ON}
 
     def _written(self, computation: Computation, root: Instruction) -> list[float]:
         """Bytes written for each array of a fused computation's result."""

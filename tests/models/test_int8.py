@@ -110,11 +110,10 @@ def test_adapters_that_add_nothing_leave_the_base_as_it_is():
 
 @pytest.mark.slow
 def test_a_run_ends_where_it_would_in_bf16():
-    """Held-out losses after the same updates are nearer to each other than those of bf16 runs with other seeds."""
-    seeds, short = range(3), ("data.max_rows=200", "data.heldout=[]", "data.heldout_fraction=0.2")
-    plain, ours = (runs(way, 10, seeds, *short) for way in ("bf16", "int8_compute"))
+    """The held-out loss after the same updates is nearer to bf16's than those of bf16 runs with other seeds are."""
+    short = ("data.max_rows=200", "data.heldout=[]", "data.heldout_fraction=0.2")
+    plain, (ours,) = runs("bf16", 10, range(3), *short), runs("int8_compute", 10, [0], *short)
     between = [one.after for one in plain]
     spread = max(between) - min(between)
-    assert max(one.after for one in ours) < 0.5 * plain[0].before  # both have learned
-    for one, other in zip(ours, plain, strict=True):
-        assert abs(one.after - other.after) < spread, (one, other, spread)
+    assert ours.after < 0.5 * plain[0].before  # it has learned
+    assert abs(ours.after - plain[0].after) < spread, (ours, plain)

@@ -170,6 +170,19 @@ def test_the_text_of_tpu_programs():
     assert ours.traffic.accessed == 8 * (in_hbm + on_chip + counter)
 
 
+def test_a_slice_of_what_is_copied_first_reads_no_more_than_the_slice():
+    """As tpu7x has it: the fused slice of a stack of weights is preceded by a copy that stays where the stack is."""
+    text = text_of("tpu_loop")
+    stack = "bf16[8,256,512]{2,1,0:T(8,128)(2,1)}"
+    copies = f"%copies (q.0: bf16[8,256,512]) -> bf16[8,256,512] {{\n  %q.0 = {stack} parameter(0)\n"
+    copies += f"  ROOT %q.1 = {stack} copy(%q.0)\n}}\n\n"
+    one = f"  %p.2 = {stack} fusion(%p.0), kind=kLoop, output_to_operand_aliasing={{{{}}: (0, {{}})}}, calls=%copies\n"
+    copied = text.replace("%wrapped (", copies + "%wrapped (", 1).replace("  ROOT %slice", one + "  ROOT %slice", 1)
+    copied = copied.replace("dynamic-slice(%p.0,", "dynamic-slice(%p.2,")
+    assert copied.count("%p.2") == 2 and copied.count("%copies") == 2
+    assert counts.count(hlo.parse(copied)).traffic == counts.count(hlo.parse(text)).traffic
+
+
 def test_a_collective_beside_products_counts_once():
     """It starts in one fusion, goes on in another and ends in a third; four of the sixteen chips take part."""
     ours = counts.count(hlo.parse(text_of("async_gather")))
