@@ -52,9 +52,9 @@ DIFFERENCES = """\
   embedding, which the loss gathers again for each of its chunks. Products take 842 ms, 60% of the peak, with the
   compiler's default on-chip memory (there is no preset of flags for tpu7x). Sums over the attention kernel's partial dq
   take 59 ms.
-- For 31B, MaxText takes three quarters of our time. Its MFU counts 197 GFLOP per token, 6.4 for each weight; our program
-  computes 272, 1.38 times as many, since it recomputes the whole forward pass. How much MaxText's recomputes, its recipe
-  does not say. Products take 11.5 of our 16.3 s; collectives that the core waits for, 0.8.
+- For 31B, MaxText takes three quarters of our time. Its MFU counts 197 GFLOP per token, 6.4 FLOP for each weight; our
+  program computes 272, 1.38 times as many, since it recomputes the whole forward pass. How much MaxText recomputes, its
+  recipe does not say. Products take 11.5 of our 16.3 s; collectives that the core waits for, 0.8.
 - The paper's step: einsum attention over padded rows, Tunix's loss over all logits at once, LoRA without K of the
   global layers. The paper names two lengths and doesn't say which one was timed.
 - For tpu7x, cycles become seconds by a clock rate inferred from the published peak.

@@ -54,7 +54,9 @@ the compiler's schedule, times a band of measured over scheduled time (`docs/pla
 `gemma4_tpu/prices.yaml`. A cell that is not fully compiled yet has no time, only its roofline, which is a lower bound.
 Minutes and dollars are for the paper's job: 9,959 rows of 922 tokens on average, one epoch. Most cells were compiled
 before adapters with the same input shared a product, which makes a layer of 31B on a v5p-8 an *estimated* 0.7% faster
-([`docs/step.md`](../../docs/step.md)). Nothing here ran on a TPU."""
+([`docs/step.md`](../../docs/step.md)), and those of a v5e-16, except 31B's, before its chips had a preset of flags,
+which makes 31B's 4% faster. The rooflines of QLoRA for 26B-A4B, E2B and a v5p-32 count HBM traffic up to a fifth too
+high. Nothing here ran on a TPU."""
 
 PAPER = {"seconds_per_sample": 1.21, "hours": 3.34, "usd": 56.11, "samples": 9959, "mean_tokens": 922}
 """Quoted: the paper's run of 31B with LoRA on a v5p-8; the tokens are those of its rows, padded to 3072."""

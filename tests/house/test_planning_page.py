@@ -54,10 +54,14 @@ def test_figures_in_the_text_are_those_of_the_plans():
         if (plan := read(path)).get("step_parts")
     ]
     assert f"reach {min(one['low'] for one in told):.0%} to {max(one['high'] for one in told):.0%}" in page
-    four, parts = (plan := read("v6e8_qlora/plan.json"))["step_seconds"], plan["step_parts"]
-    assert f"takes {shown(four)} ms for two rows" in page
-    assert f"{shown(parts['collectives_exposed'])} are in exposed collectives" in page
-    assert f"{shown(parts['elementwise'])} in elementwise operations" in page
+    four, sharded = read("v6e8_qlora/plan.json"), read("plans/results/gemma4_31b_v6e8_qlora_fsdp2_tp4.json")
+    plain = read("plans/results/gemma4_31b_v6e8_lora_dp2_fsdp1_tp4.json")
+    assert f"takes {shown(four['step_seconds'])} ms for two rows" in page
+    assert f"and {shown(plain['step_seconds'])} in bfloat16" in page
+    decoded, not_decoded = (shown(plan["step_parts"]["elementwise"]) for plan in (four, plain))
+    assert f"which decode weights: {decoded} ms instead of {not_decoded}." in page
+    exposed = shown(sharded["step_parts"]["collectives_exposed"])
+    assert f"it takes {shown(sharded['step_seconds'])}, {exposed} of them in exposed collectives" in page
     dp = read("plans/results/gemma4_31b_v5p32_lora_dp4_fsdp1_tp4.json")
     assert f"takes {shown(dp['step_seconds'])} ms, six more than one row on a v5p-8" in page
     assert round(1000 * dp["step_seconds"]) - round(1000 * read(PLANS["31B, v5p-8, one row"])["step_seconds"]) == 6
