@@ -22,14 +22,15 @@ _ASYNCHRONOUS_GATHERS = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
 }
 """Gathers that overlap with products; neither flag does anything alone."""
+_ON_CHIP_MEMORY = {"xla_tpu_scoped_vmem_limit_kib": 48 * 1024}
+"""More than the default allows larger windows in products."""
 TUNED: dict[str, dict[str, Any]] = {
-    "v5p": {**_REDUCE_SCATTER, **_ASYNCHRONOUS_GATHERS, "xla_tpu_scoped_vmem_limit_kib": 48 * 1024},
+    "tpu7x": {**_REDUCE_SCATTER, **_ASYNCHRONOUS_GATHERS, **_ON_CHIP_MEMORY},
+    "v5p": {**_REDUCE_SCATTER, **_ASYNCHRONOUS_GATHERS, **_ON_CHIP_MEMORY},
     "v6e": {**_REDUCE_SCATTER, **_ASYNCHRONOUS_GATHERS},
     "v5e": {**_REDUCE_SCATTER, **_ASYNCHRONOUS_GATHERS},
 }
-"""`hardware.flags=tuned` by chip. More on-chip memory than the default allows larger windows in products, which pays on
-v5p but not on v6e.
-"""
+"""`hardware.flags=tuned` by chip. More on-chip memory pays on tpu7x and v5p, but not on v6e."""
 
 
 def compiler_options(hardware: HardwareConfig) -> dict[str, Any]:

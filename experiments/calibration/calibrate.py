@@ -50,7 +50,7 @@ DIFFERENCES = """\
 - For E4B, MaxText takes half the time that the compiler expects of our step, so this row shows where our full training
   on tpu7x loses time, not how accurate schedules are. Of our 1.76 s, the core waits 415 ms for collectives: 255 for the
   embedding, which the loss gathers again for each of its chunks. Products take 842 ms, 60% of the peak, with the
-  compiler's default on-chip memory (there is no preset of flags for tpu7x). Sums over the attention kernel's partial dq
+  compiler's default on-chip memory (`hardware.flags=none`). Sums over the attention kernel's partial dq
   take 59 ms.
 - For 31B, MaxText takes three quarters of our time. Its MFU counts 197 GFLOP per token, 6.4 FLOP for each weight; our
   program computes 272, 1.38 times as many, since it recomputes the whole forward pass. How much MaxText recomputes, its

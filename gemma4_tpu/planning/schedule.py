@@ -136,7 +136,7 @@ class _Reading:
         """What an instruction does, as fields of `Op`; empty if it takes no time."""
         if one.opcode.endswith("-done"):
             return {"waits_for": one.operands[0]}
-        if one.opcode == "async-start":  # of a computation that holds one instruction
+        if one.opcode == "async-start":  # of a computation that holds one instruction, or on tpu7x a call of one
             inner = self.module.computations[one.called["calls"]]
             counts, inside = self.counting.computation(inner.name), self._collective(inner.instructions[inner.root])
         elif one.opcode in FREE:
@@ -176,13 +176,13 @@ class _Reading:
         return {"part": COLLECTIVES, "transfer": transfer, "cycles": _cycles(one)}
 
     def _collective(self, one: Instruction) -> Instruction | None:
-        """The collective that an instruction is, or that its fused computation holds."""
+        """The collective that an instruction is, or that the computation that it fuses or calls holds."""
         if one.opcode.removesuffix("-start") in collectives.KINDS:
             return one
-        if one.opcode != "fusion":
+        if one.opcode not in ("fusion", "call"):
             return None
-        fused = self.module.computations[one.called["calls"]]
-        return next((i for i in fused.instructions.values() if i.opcode in collectives.KINDS), None)
+        held = self.module.computations[one.called["calls" if one.opcode == "fusion" else "to_apply"]]
+        return next((i for i in held.instructions.values() if i.opcode in collectives.KINDS), None)
 
     def _last(self, one: Instruction) -> str:
         """Attributes of the last instruction of a fusion."""

@@ -57,6 +57,33 @@ def test_operations_tell_their_place_in_our_source():
     assert all(not op.place for op in schedule.read(hlo.parse(TEXT), origins.Frames(), GRID))
 
 
+OFFLOADED = """HloModule jit_train, is_scheduled=true, num_partitions=4
+
+%called (c.0: bf16[1024,5376]) -> bf16[4096,5376] {
+  %c.0 = bf16[1024,5376]{1,0} parameter(0)
+  ROOT %gather.1 = bf16[4096,5376]{1,0} all-gather(%c.0), replica_groups=[1,4]<=[4], dimensions={0}
+}
+
+%async (s.0: bf16[1024,5376]) -> bf16[4096,5376] {
+  %s.0 = bf16[1024,5376]{1,0} parameter(0)
+  ROOT %call.1 = bf16[4096,5376]{1,0} call(%s.0), to_apply=%called
+}
+
+ENTRY %main (a: bf16[1024,5376]) -> bf16[4096,5376] {
+  %a = bf16[1024,5376]{1,0} parameter(0)
+  %call-start = ((bf16[1024,5376]{1,0}), bf16[4096,5376]{1,0}, u32[]) async-start(%a), calls=%async
+  ROOT %call-done = bf16[4096,5376]{1,0} async-done(%call-start)
+}
+"""
+
+
+def test_a_collective_that_another_core_runs_takes_its_time_on_the_links():
+    """tpu7x gives gathers to its sparse cores, each in a call."""
+    start, done = read(OFFLOADED)
+    assert (start.part, start.starts, done.waits_for) == (schedule.COLLECTIVES, "call-start", "call-start")
+    assert (start.transfer.sent_bytes, start.transfer.links) == (3 / 4 * 4096 * 5376 * 2, 2)
+
+
 def test_the_whole_is_walked():
     rates = ScheduleRates.of(V5P8)
     told = walk(read(TEXT), rates)
