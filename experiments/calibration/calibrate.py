@@ -50,11 +50,11 @@ DIFFERENCES = """\
 - For E4B, MaxText takes half the time that the compiler expects of our step, so this row shows where our full training
   on tpu7x loses time, not how accurate schedules are. Of our 1.76 s, the core waits 415 ms for collectives: 255 for the
   embedding, which the loss gathers again for each of its chunks. Products take 842 ms, 60% of the peak, with the
-  compiler's default on-chip memory (`hardware.flags=none`). Sums over the attention kernel's partial dq
-  take 59 ms.
+  compiler's default on-chip memory (`hardware.flags=none`). Sums over the attention kernel's partial dq take 59 ms.
+  This plan, unlike 31B's, was read before collectives on the sparse cores were counted, so its time is at least that.
 - For 31B, MaxText takes three quarters of our time. Its MFU counts 197 GFLOP per token, 6.4 FLOP for each weight; our
   program computes 272, 1.38 times as many, since it recomputes the whole forward pass. How much MaxText recomputes, its
-  recipe does not say. Products take 11.5 of our 16.3 s; collectives that the core waits for, 0.8.
+  recipe does not say. Products take 11.5 of our 16.3 s; collectives that the core waits for, 0.9.
 - The paper's step: einsum attention over padded rows, Tunix's loss over all logits at once, LoRA without K of the
   global layers. The paper names two lengths and doesn't say which one was timed.
 - For tpu7x, cycles become seconds by a clock rate inferred from the published peak.

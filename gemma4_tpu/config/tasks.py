@@ -249,7 +249,7 @@ class PlanConfig:
     own counts (`cost_analysis`)."""
     utilization_low: float = 0.2
     """Without a schedule: share of the binding roofline that a slow run reaches, the pessimistic end of the
-    estimates. The defaults are those of the plans that have a schedule (`experiments/plans`): 19% to 52%."""
+    estimates. The defaults are those of the plans that have a schedule (`experiments/plans`): 15% to 52%."""
     utilization_high: float = 0.45
     """Without a schedule: share that a fast run reaches, the optimistic end of the estimates."""
     hours_between_preemptions: float = 8.0
